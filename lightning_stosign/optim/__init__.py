@@ -1,0 +1,8 @@
+"""Optimizers that survive low precision."""
+
+from lightning_stosign.optim.emulation import emulate_state_precision
+from lightning_stosign.optim.signsgd import SignSGD
+from lightning_stosign.optim.state_precision import StatePrecision
+from lightning_stosign.optim.stosign import StoSignSGD
+
+__all__ = ["SignSGD", "StatePrecision", "StoSignSGD", "emulate_state_precision"]

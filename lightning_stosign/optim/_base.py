@@ -1,0 +1,274 @@
+"""What the sign optimizers share: argument checks, finite gradients, and a state_dict that loses nothing."""
+
+import math
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.optim.optimizer import Optimizer, ParamsT, StateDict
+
+from lightning_stosign.optim.noise import Stream, noise_key
+from lightning_stosign.optim.state_precision import StatePrecision
+from lightning_stosign.optim.storage import init_state, read_state, round_stochastically, write_state
+
+
+class LowPrecisionOptimizer(Optimizer, ABC):
+    """Base of the optimizers that store their states by a :class:`StatePrecision`.
+
+    A subclass implements :meth:`_check_group` and :meth:`_step_param`. All options live in the param groups, as plain
+    values, so that pickling, deepcopy and ``torch.load(weights_only=True)`` keep them.
+    """
+
+    def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
+        if defaults["state_precision"] is not None:
+            defaults["state_precision"] = str(StatePrecision.parse(defaults["state_precision"]))
+        self._check_group(defaults)
+        super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a param group, as in torch.optim; its options and parameters are checked."""
+        if param_group.get("state_precision") is not None:
+            param_group["state_precision"] = str(StatePrecision.parse(param_group["state_precision"]))
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            self._check_group(group)
+            for param in group["params"]:
+                _check_param(param)
+        except (TypeError, ValueError):
+            self.param_groups.pop()
+            raise
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        """Raise ValueError or TypeError for an option out of range; subclasses check their own options too."""
+        check_number("weight_decay", group["weight_decay"])
+        check_lr(group["lr"])
+        check_choice("on_nonfinite", group["on_nonfinite"], ("raise", "skip"))
+        check_choice("maximize", group["maximize"], (True, False))
+        if group["fused"] not in (None, False):
+            raise ValueError(f"fused={group['fused']!r} is not supported by this version; accepted: None, False")
+
+    @abstractmethod
+    def _step_param(
+        self, index: int, param: Tensor, grad: Tensor, state: dict[str, Any], group: dict[str, Any]
+    ) -> None:
+        """Update one parameter and its state in place.
+
+        Args:
+            index: the parameter's position among all parameters of the optimizer.
+            param: the parameter.
+            grad: the direction to descend along, in at least float32; may be the gradient itself, so not to be changed.
+            state: the parameter's state.
+            group: its param group.
+        """
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Perform one optimization step.
+
+        Args:
+            closure: reevaluates the model and returns the loss.
+
+        Returns:
+            The closure's loss, or None.
+
+        Raises:
+            RuntimeError: a gradient is sparse, or is not finite under ``on_nonfinite="raise"``; no parameter and no
+                state has been touched then.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        updates = list(self._params_with_grad())
+        if self._gradients_are_finite(updates):
+            for index, param, group in updates:
+                grad = param.grad.to(torch.promote_types(param.dtype, torch.float32))  # type: ignore[union-attr]
+                self._step_param(index, param, grad.neg() if group["maximize"] else grad, self.state[param], group)
+        return loss
+
+    def _params_with_grad(self) -> Iterator[tuple[int, Tensor, dict[str, Any]]]:
+        """Yield (index in the optimizer, parameter, group) of the parameters to update."""
+        index = -1
+        for group in self.param_groups:
+            for param in group["params"]:
+                index += 1
+                if param.grad is None or param.numel() == 0:
+                    continue
+                if param.grad.is_sparse:
+                    raise RuntimeError(f"{type(self).__name__} does not support sparse gradients ({self._name(param)})")
+                yield index, param, group
+
+    def _gradients_are_finite(self, updates: list[tuple[int, Tensor, dict[str, Any]]]) -> bool:
+        """Return whether to take the step; raise or warn where a gradient is not finite.
+
+        Costs one reduction over the gradients and, on an accelerator, one host synchronisation a step.
+        """
+        grads: dict[torch.device, list[Tensor]] = {}
+        for _, param, _ in updates:
+            grads.setdefault(param.device, []).append(param.grad)  # type: ignore[arg-type]
+        if all(_all_finite(of_device) for of_device in grads.values()):
+            return True
+        offending = [(param, group) for _, param, group in updates if not param.grad.isfinite().all()]  # type: ignore[union-attr]
+        message = (
+            f"{type(self).__name__}: the gradient of {', '.join(self._name(p) for p, _ in offending)} is not finite"
+        )
+        if any(group["on_nonfinite"] == "raise" for _, group in offending):
+            raise RuntimeError(f"{message}; nothing was updated. To skip such steps, pass on_nonfinite='skip'.")
+        warnings.warn(f"{message}; this step was skipped (on_nonfinite='skip').", RuntimeWarning, stacklevel=3)
+        return False
+
+    def _name(self, wanted: Tensor) -> str:
+        """Name a parameter in an error message."""
+        for g, group in enumerate(self.param_groups):
+            for i, param in enumerate(group["params"]):
+                if param is wanted:
+                    name = group["param_names"][i] if "param_names" in group else f"params[{i}] of group {g}"
+                    return f"{name} {list(param.shape)}"
+        raise KeyError("the parameter is not in this optimizer")
+
+    def load_state_dict(self, state_dict: StateDict) -> None:
+        """Load a state, as in torch.optim, but with every state tensor in the dtype it was saved in.
+
+        Options in the state_dict's param groups replace the current ones, ``state_precision`` included.
+        """
+        # torch casts states to the parameter's dtype (float8 to float32, the scale to bfloat16), so they are put back
+        # from the state_dict as torch used it: after the last pre-hook, before the first post-hook.
+        used: list[StateDict] = []
+
+        def remember(_: Optimizer, state_dict: StateDict) -> None:
+            used.append(state_dict)
+
+        def restore(_: Optimizer) -> None:
+            params = [param for group in self.param_groups for param in group["params"]]
+            saved_ids = [i for group in used[0]["param_groups"] for i in group["params"]]
+            for saved_id, param in zip(saved_ids, params, strict=True):
+                for name, value in used[0]["state"].get(saved_id, {}).items():
+                    if isinstance(value, Tensor):
+                        device = "cpu" if name == "step" else param.device
+                        self.state[param][name] = value.detach().to(device=device, copy=True)
+
+        before = self.register_load_state_dict_pre_hook(remember)
+        after = self.register_load_state_dict_post_hook(restore, prepend=True)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            before.remove()
+            after.remove()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore from a pickle or state_dict; options that did not exist when it was made take their defaults."""
+        super().__setstate__(state)
+        for group in self.param_groups:
+            for option, value in self.defaults.items():
+                if option != "differentiable":  # torch's own, of no use here
+                    group.setdefault(option, value)
+
+
+class StoredState:
+    """One parameter's state during a step: counts the step, reads and writes states in the group's precision.
+
+    Args:
+        state: the parameter's entry in ``optimizer.state``; filled with zeros when it is empty.
+        names: its states.
+        param: the parameter.
+        index: the parameter's position in the optimizer, for the noise.
+        group: its param group.
+    """
+
+    def __init__(
+        self, state: dict[str, Any], names: tuple[str, ...], param: Tensor, index: int, group: dict[str, Any]
+    ) -> None:
+        spec = group["state_precision"]
+        precision = None if spec is None else StatePrecision.parse(spec)
+        if not state:
+            # int64: exact beyond float32's 2**24 steps. On the CPU, where reading it costs no synchronisation.
+            state["step"] = torch.zeros((), dtype=torch.int64)
+            for name in names:
+                init_state(state, name, param, precision)
+        state["step"] += 1
+        self._state = state
+        self._precision = precision or StatePrecision(torch.float32)
+        self._compute_dtype = torch.promote_types(param.dtype, torch.float32)
+        self._seed, self._step, self._index = group.get("seed", 0), int(state["step"]), index
+
+    def key(self, stream: Stream) -> int:
+        """Return this parameter's noise key at this step."""
+        return noise_key(self._seed, self._step, self._index, stream)
+
+    def read(self, name: str) -> Tensor:
+        """Return the values of a state, to be changed in place at will and then written."""
+        return read_state(self._state, name, self._precision).to(self._compute_dtype)
+
+    def write(self, name: str, value: Tensor) -> Tensor:
+        """Store the values, stochastically if the precision says so, and return them as stored."""
+        written = write_state(self._state, name, value, self._precision, key=self.key(Stream.ROUND_STATE))
+        return written.to(self._compute_dtype)
+
+    def write_up(self, name: str, value: Tensor) -> Tensor:
+        """Store values >= 0 rounded up and return them as stored."""
+        return write_state(self._state, name, value, self._precision, rounding="up").to(self._compute_dtype)
+
+    def update_param(self, param: Tensor, direction: Tensor, lr: float | Tensor, weight_decay: float) -> None:
+        """``param = param - lr * weight_decay * param - lr * direction``, in place; ``direction`` is used up.
+
+        A bfloat16 or float16 parameter is updated in float32 and rounded stochastically: a step of ``lr`` is often
+        below half the spacing of its numbers, and would be lost each time if rounded to the nearest.
+        """
+        if isinstance(lr, Tensor):
+            lr = lr.to(param.device).reshape(())
+        value = param if param.dtype in (torch.float32, torch.float64) else param.float()
+        if weight_decay != 0:
+            value.mul_(1 - lr * weight_decay)
+        value.sub_(direction.mul_(lr))
+        if value is not param:
+            param.copy_(round_stochastically(value, param.dtype, self.key(Stream.ROUND_PARAM)))
+
+
+def check_number(name: str, value: Any, low: float = 0.0, high: float = math.inf) -> None:
+    """Raise unless ``value`` is a finite number with low <= value <= high."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}={value!r} must be a number")
+    if not (math.isfinite(value) and low <= value <= high):
+        accepted = f"finite and at least {low}" if high == math.inf else f"between {low} and {high}"
+        raise ValueError(f"{name}={value} must be {accepted}")
+
+
+def check_lr(lr: Any) -> None:
+    """Raise unless ``lr`` is a finite number >= 0, or a tensor of one such."""
+    if isinstance(lr, Tensor):
+        if lr.numel() != 1:
+            raise ValueError(f"lr of shape {list(lr.shape)} must be a number or a tensor with one element")
+        lr = lr.item()
+    check_number("lr", lr)
+
+
+def check_beta(name: str, value: Any, *, one: bool = False) -> None:
+    """Raise unless 0 <= value < 1, or with ``one`` 0 < value <= 1."""
+    check_number(name, value, 0.0, 1.0)
+    if value == (0 if one else 1):
+        raise ValueError(f"{name}={value} must be in {'(0, 1]' if one else '[0, 1)'}")
+
+
+def check_choice(name: str, value: Any, accepted: tuple[Any, ...]) -> None:
+    """Raise ValueError unless ``value`` is one of the accepted ones."""
+    if value not in accepted:
+        raise ValueError(f"{name}={value!r} is not supported; accepted: {', '.join(map(repr, accepted))}")
+
+
+def _check_param(param: Tensor) -> None:
+    described = f"params: a parameter of shape {list(param.shape)}"
+    if isinstance(param, DTensor):
+        raise ValueError(f"{described} is a DTensor; accepted: unsharded parameters (this version does not shard)")
+    if param.layout != torch.strided:
+        raise ValueError(f"{described} is sparse ({param.layout}); accepted: dense parameters")
+    if not param.is_floating_point() or param.dtype.itemsize < 2:
+        raise ValueError(f"{described} has dtype {param.dtype}; accepted: float64, float32, bfloat16, float16")
+
+
+def _all_finite(grads: list[Tensor]) -> bool:
+    return bool(torch.stack([norm.float() for norm in torch._foreach_norm(grads, float("inf"))]).isfinite().all())

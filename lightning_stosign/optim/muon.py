@@ -1,0 +1,82 @@
+"""Muon for the matrices and AdamW for the rest, as one optimizer."""
+
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.optim import AdamW, Muon
+from torch.optim.optimizer import Optimizer, ParamsT
+
+
+class MuonAdamW(Optimizer):
+    """torch's Muon and torch's AdamW behind one optimizer, as Lightning's automatic optimization wants.
+
+    Muon orthogonalises the update of a matrix and takes nothing else; embeddings, norms and biases go to AdamW. Both
+    share this optimizer's param groups and states. Muon's learning rate is adjusted to AdamW's update RMS, so that one
+    ``lr`` serves both.
+
+    Args:
+        params: param groups. Groups with ``use_muon=True`` hold matrices (2-D) and go to Muon.
+        lr: learning rate, >= 0.
+        betas: AdamW's, and ``betas[0]`` is Muon's momentum; both in [0, 1).
+        weight_decay: decoupled weight decay, >= 0.
+
+    Raises:
+        ValueError: an option is out of range; a parameter of a ``use_muon`` group is not 2-D.
+
+    Example:
+        >>> model = torch.nn.Linear(4, 2)
+        >>> optimizer = MuonAdamW([{"params": [model.weight], "use_muon": True}, {"params": [model.bias]}])
+        >>> [type(part).__name__ for part in optimizer.parts]
+        ['Muon', 'AdamW']
+
+    Source:
+        K. Jordan et al., "Muon", 2024; learning-rate adjustment of J. Liu et al., arXiv 2502.16982.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.95),
+        weight_decay: float = 0.1,
+    ) -> None:
+        super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay, "use_muon": False})
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a param group, as in torch.optim."""
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        if group["use_muon"]:
+            group.setdefault("momentum", group["betas"][0])
+        self._build_parts()
+
+    def _build_parts(self) -> None:
+        """Let torch's two optimizers work on this one's param groups and states."""
+        self.parts: list[Optimizer] = []
+        for use_muon in (True, False):
+            groups = [group for group in self.param_groups if group["use_muon"] is use_muon]
+            if not groups:
+                continue
+            # torch fills its own defaults into the very group dictionaries, so schedulers and state_dict see them all.
+            part: Optimizer = Muon(groups, adjust_lr_fn="match_rms_adamw") if use_muon else AdamW(groups)
+            part.param_groups = groups
+            part.state = self.state
+            self.parts.append(part)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.state = defaultdict(dict, self.state)
+        self._build_parts()
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Perform one step of both optimizers; returns the closure's loss."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for part in self.parts:
+            part.step()
+        return loss

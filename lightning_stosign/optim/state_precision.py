@@ -1,0 +1,149 @@
+"""How an optimizer state is stored: dtype, scaling and rounding, as a value with a name."""
+
+import math
+from dataclasses import dataclass, fields, replace
+from functools import lru_cache
+from typing import Any, Literal
+
+import torch
+
+FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
+_DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float32, torch.bfloat16, torch.float16, *FP8_DTYPES)}
+
+
+@dataclass(frozen=True)
+class StatePrecision:
+    """The storage format of optimizer states.
+
+    A state is stored as ``value / scale`` rounded to ``dtype``. Scales are powers of two (as in the OCP microscaling
+    formats), so that scaling and unscaling are exact and storing an unchanged state again changes nothing.
+
+    Args:
+        dtype: ``torch.float32``, ``bfloat16``, ``float16``, ``float8_e4m3fn`` or ``float8_e5m2``, or the name of one.
+        scaling: ``"none"``; ``"tensor"``: one float32 scale a tensor, the smallest power of two that brings the
+            tensor's largest magnitude into the format's range; ``"block"``: the same for each ``block_size``
+            consecutive values in row-major order. Scaling needs a dtype of limited range (float16 or FP8).
+        block_size: values that share a scale under ``scaling="block"``.
+        stochastic_rounding: round the momentum up or down at random, without bias, instead of to the nearest value.
+            The envelope ``exp_inf`` is always rounded up.
+        static_scale: with ``scaling="none"`` and a dtype of limited range, a fixed factor ``s``, a power of two: states
+            linear in the gradient are stored times ``s``, second moments times ``s * s``: what a loss scale would do.
+
+    Raises:
+        TypeError: an argument is not of the type above.
+        ValueError: an argument is out of range, or would have no effect.
+
+    Example:
+        >>> StatePrecision.parse("fp8")
+        StatePrecision(dtype=torch.float8_e4m3fn, scaling='tensor', block_size=128, stochastic_rounding=False, static_scale=1.0)
+        >>> str(StatePrecision(torch.float8_e4m3fn, static_scale=1024.0))
+        'fp8-raw:static_scale=1024.0'
+    """  # noqa: E501
+
+    dtype: torch.dtype
+    scaling: Literal["none", "tensor", "block"] = "none"
+    block_size: int = 128
+    stochastic_rounding: bool = False
+    static_scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        if isinstance(self.dtype, str) and self.dtype in _DTYPES:
+            object.__setattr__(self, "dtype", _DTYPES[self.dtype])
+        if self.dtype not in _DTYPES.values():
+            raise ValueError(f"dtype={self.dtype!r} is not supported for optimizer states; accepted: {list(_DTYPES)}")
+        if self.scaling not in ("none", "tensor", "block"):
+            raise ValueError(f"scaling={self.scaling!r} is unknown; accepted: 'none', 'tensor', 'block'")
+        if isinstance(self.block_size, bool) or not isinstance(self.block_size, int):
+            raise TypeError(f"block_size={self.block_size!r} must be an int")
+        if self.block_size < 1:
+            raise ValueError(f"block_size={self.block_size} must be at least 1")
+        if not isinstance(self.stochastic_rounding, bool):
+            raise TypeError(f"stochastic_rounding={self.stochastic_rounding!r} must be a bool")
+        if isinstance(self.static_scale, bool) or not isinstance(self.static_scale, (int, float)):
+            raise TypeError(f"static_scale={self.static_scale!r} must be a number")
+        if not (math.isfinite(self.static_scale) and math.frexp(self.static_scale)[0] == 0.5):
+            raise ValueError(f"static_scale={self.static_scale} must be a power of two, such as 1024, to scale exactly")
+        object.__setattr__(self, "static_scale", float(self.static_scale))
+        limited = self.dtype is torch.float16 or self.is_fp8
+        if self.scaling != "none" and not limited:
+            raise ValueError(f"scaling={self.scaling!r} has no use with dtype={self.dtype}, which has float32's range")
+        if self.static_scale != 1.0 and (self.scaling != "none" or not limited):
+            raise ValueError(
+                f"static_scale={self.static_scale} applies to scaling='none' with a dtype of limited range (float16, "
+                f"float8_e4m3fn, float8_e5m2), not to scaling={self.scaling!r} with dtype={self.dtype}"
+            )
+        if self.stochastic_rounding and self.dtype is torch.float32:
+            raise ValueError("stochastic_rounding=True has no use with dtype=torch.float32: states are computed in it")
+
+    @property
+    def is_fp8(self) -> bool:
+        """Whether the dtype is one of the two FP8 formats."""
+        return self.dtype in FP8_DTYPES
+
+    @classmethod
+    def parse(cls, spec: "str | StatePrecision") -> "StatePrecision":
+        """Return the precision with this name.
+
+        Args:
+            spec: ``"float32"``, ``"bfloat16"``, ``"float16"``, ``"fp8"`` (E4M3, one scale a tensor), ``"fp8-raw"``
+                (E4M3, no scale) or ``"fp8-block"`` (E4M3, one scale a block), optionally with fields set after a
+                colon: ``"fp8-raw:static_scale=1024"``, ``"fp8:dtype=float8_e5m2,stochastic_rounding=true"``.
+                A :class:`StatePrecision` is returned as it is.
+
+        Raises:
+            TypeError: ``spec`` is neither.
+            ValueError: the name, a field or a field's value is unknown.
+        """
+        if isinstance(spec, StatePrecision):
+            return spec
+        if not isinstance(spec, str):
+            raise TypeError(f"state_precision={spec!r} must be a name or a StatePrecision")
+        return _parse(spec)
+
+    def __str__(self) -> str:
+        """Return the shortest name that :meth:`parse` turns back into this value."""
+        if self.is_fp8:
+            name = {"none": "fp8-raw", "tensor": "fp8", "block": "fp8-block"}[self.scaling]
+        else:
+            name = str(self.dtype).removeprefix("torch.")
+        preset = _PRESETS[name]
+        changed = [f.name for f in fields(self) if getattr(self, f.name) != getattr(preset, f.name)]
+        options = ",".join(f"{field}={str(getattr(self, field)).removeprefix('torch.')}" for field in changed)
+        return f"{name}:{options}" if options else name
+
+
+_PRESETS = {
+    "float32": StatePrecision(torch.float32),
+    "bfloat16": StatePrecision(torch.bfloat16),
+    "float16": StatePrecision(torch.float16),
+    "fp8": StatePrecision(torch.float8_e4m3fn, "tensor"),
+    "fp8-raw": StatePrecision(torch.float8_e4m3fn),
+    "fp8-block": StatePrecision(torch.float8_e4m3fn, "block"),
+}
+
+
+@lru_cache(maxsize=256)
+def _parse(spec: str) -> StatePrecision:
+    name, _, options = spec.partition(":")
+    if name not in _PRESETS:
+        raise ValueError(f"state_precision={spec!r} is unknown; accepted: {', '.join(_PRESETS)}, or a StatePrecision")
+    values: dict[str, Any] = {}
+    for option in filter(None, options.split(",")):
+        field, _, text = (part.strip() for part in option.partition("="))
+        try:
+            values[field] = _READ[field](text)
+        except (KeyError, ValueError) as error:
+            raise ValueError(
+                f"state_precision={spec!r}: cannot read {option!r}; accepted after the colon: "
+                f"{', '.join(f'{f}=...' for f in _READ)}, separated by commas"
+            ) from error
+    return replace(_PRESETS[name], **values)
+
+
+_READ: dict[str, Any] = {
+    "dtype": str,
+    "scaling": str,
+    "block_size": int,
+    "stochastic_rounding": lambda text: {"true": True, "false": False}[text.lower()],
+    "static_scale": float,
+}
