@@ -1,0 +1,193 @@
+"""OptimizerStateMonitor: logs the health of every optimizer's state."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import TensorBoardLogger
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from lightning_stosign.callbacks._logging_gate import check_every_n_steps, is_due, record_step
+from lightning_stosign.health.readers import read_moments
+from lightning_stosign.health.snapshot import Snapshot, parameters_of
+from lightning_stosign.health.statistics import log10_bin_edges
+from lightning_stosign.optim.state_precision import StatePrecision
+
+PREFIX = "optimizer_state"
+
+
+class OptimizerStateMonitor(Callback):
+    """Logs what is in an optimizer's state: zeros, magnitudes, what FP8 would lose, and the step really taken.
+
+    Works with this package's optimizers, every ``torch.optim`` optimizer, and any other for its floating-point states
+    (:func:`lightning_stosign.health.register_update_rule` teaches it what such a one divides by what). Changes nothing:
+    trained weights are bit-identical with and without it. Logs, under ``optimizer_state/`` (with several optimizers
+    ``optimizer_state/<number>-<class>/``):
+
+    ============================================ =======================================================================
+    ``zero_fraction/<state>``                    share of entries equal to 0
+    ``abs_max/<state>``, ``rms/<state>``         largest magnitude, root mean square
+    ``underflow_fraction/<state>/<format>``      share of nonzero entries that the format would store as 0
+    ``dead_fraction``                            share with numerator 0 and denominator 0: they cannot move
+    ``exploding_fraction``                       share with denominator 0 and numerator not: Adam's quotient explodes
+    ``update_rms``                               RMS of the step taken, without weight decay, divided by lr
+    ``noise_rms``, ``sign_agreement``            stochastic sign: sqrt(mean(1 - u^2)), mean of (1 + abs(u)) / 2
+    ``grad_abs_max``, ``grad_square_max``        largest magnitude of the gradient before clipping, and its square
+    ``log10_abs/<state>``                        histogram of log10 of the nonzero magnitudes (TensorBoard)
+    ============================================ =======================================================================
+
+    each over all layers and, with ``per_layer``, for each as ``<tag>/<parameter name>``. States are read after the
+    update. Recording a step costs a copy of the parameters, a few passes over the states, and one transfer to the host;
+    a step that is not recorded costs nothing.
+
+    Args:
+        every_n_steps: record every n-th optimizer step. None: as ``Trainer(log_every_n_steps)``.
+        per_layer: also record each parameter.
+        histograms: also record histograms.
+        forecast: formats by :class:`StatePrecision` name for ``underflow_fraction``, e.g. ``"fp8-raw:static_scale=1024"``.
+        layers: globs on parameter names: look only at those that match one. None: at all.
+
+    Raises:
+        ValueError: an argument is out of range; the Trainer has no logger; ``layers`` matches no parameter.
+        TypeError: an argument is of the wrong type.
+
+    Example::
+
+        trainer = Trainer(callbacks=[OptimizerStateMonitor()], logger=TensorBoardLogger("runs"))
+
+    Source:
+        arXiv 2604.15416, Table 12 and Figures 3 and 4.
+    """  # noqa: E501
+
+    def __init__(
+        self,
+        every_n_steps: int | None = None,
+        per_layer: bool = True,
+        histograms: bool = True,
+        forecast: Sequence[str] = ("fp8", "fp8-raw"),
+        layers: Sequence[str] | None = None,
+    ) -> None:
+        check_every_n_steps(every_n_steps)
+        for name, value in (("forecast", forecast), ("layers", layers)):
+            if isinstance(value, str) or not isinstance(value, (Sequence, type(None))):
+                raise TypeError(f"{name}={value!r} must be a list of strings")
+        for format_name in forecast:
+            StatePrecision.parse(format_name)
+        self.every_n_steps = every_n_steps
+        self.per_layer = per_layer
+        self.histograms = histograms
+        self.forecast = tuple(forecast)
+        self.layers = None if layers is None else tuple(layers)
+        self._names: dict[Tensor, str] = {}
+        self._handles: list[RemovableHandle] = []
+        # What on_before_optimizer_step saw of a step that is to be recorded, and the parameters as they were.
+        self._begun: dict[Optimizer, tuple[Snapshot, dict[Tensor, Tensor]]] = {}
+
+    def setup(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
+        """Check that there is a logger to write to."""
+        if stage == "fit" and not trainer.loggers:
+            raise ValueError(
+                "OptimizerStateMonitor needs a logger to write to, but the Trainer has logger=False; "
+                "accepted: Trainer(logger=TensorBoardLogger(...)) or any other Lightning logger"
+            )
+
+    def on_train_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        """Watch the trainer's optimizers."""
+        self._names = {
+            param: name
+            for name, param in pl_module.named_parameters()
+            if self.layers is None or any(fnmatchcase(name, pattern) for pattern in self.layers)
+        }
+        if not self._names:
+            raise ValueError(f"layers={list(self.layers or [])} matches no parameter of {type(pl_module).__name__}")
+        if not trainer.is_global_zero:
+            return  # replicas have the same states
+
+        for optimizer in trainer.optimizers:
+
+            def finish(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+                self._finish(trainer, optimizer)
+
+            self._handles.append(optimizer.register_step_post_hook(finish))
+
+    def on_before_optimizer_step(
+        self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", optimizer: Optimizer
+    ) -> None:
+        """Of a step that is to be recorded, look at the gradients and keep the parameters as they are before it."""
+        if not self._handles or not is_due(trainer, self.every_n_steps):
+            return
+        snapshot = Snapshot(self.forecast, self.histograms)
+        before = {}
+        for name, param, _ in self._watched(optimizer):
+            if param.grad is not None and param.numel() > 0:
+                snapshot.add_gradient(name, param.grad)
+                before[param] = param.detach().clone()
+        self._begun[optimizer] = (snapshot, before)
+
+    def _finish(self, trainer: "pl.Trainer", optimizer: Optimizer) -> None:
+        """After the update, add the states and the step taken, and log. Not called for a step that AMP skips."""
+        if optimizer not in self._begun:
+            return
+        snapshot, before = self._begun.pop(optimizer)
+        for name, param, group in self._watched(optimizer):
+            moments = read_moments(optimizer, param, group)
+            snapshot.add_states(name, moments)
+            if param in before:
+                snapshot.add_update(
+                    name, before.pop(param), param.detach(), group["lr"], moments.decoupled_weight_decay
+                )
+        scalars, histograms = snapshot.records(self.per_layer)
+        prefix = self._prefix(trainer, optimizer)
+        step = record_step(trainer)
+        for logger in trainer.loggers:
+            logger.log_metrics({f"{prefix}/{tag}": value for tag, value in scalars.items()}, step=step)
+            if isinstance(logger, TensorBoardLogger):
+                for tag, counts in histograms.items():
+                    _add_histogram(logger, f"{prefix}/{tag}", counts, step)
+
+    def _watched(self, optimizer: Optimizer) -> Iterable[tuple[str, Tensor, Mapping[str, Any]]]:
+        for param, group in parameters_of(optimizer):
+            if param in self._names:
+                yield self._names[param], param, group
+
+    def _prefix(self, trainer: "pl.Trainer", optimizer: Optimizer) -> str:
+        if len(trainer.optimizers) == 1:
+            return PREFIX
+        number = next(i for i, other in enumerate(trainer.optimizers) if other is optimizer)
+        return f"{PREFIX}/{number}-{type(optimizer).__name__}"
+
+    def teardown(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
+        """Let go of the optimizers."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._begun.clear()
+        self._names.clear()
+
+    def on_exception(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", exception: BaseException) -> None:
+        """Let go of the optimizers: Lightning calls no teardown after an exception."""
+        self.teardown(trainer, pl_module, "fit")
+
+
+def _add_histogram(logger: TensorBoardLogger, tag: str, counts: list[float], step: int) -> None:
+    """Write counts of log10 magnitudes; an empty histogram (all entries are 0) is one empty bin."""
+    edges = log10_bin_edges().tolist()
+    filled = [i for i, count in enumerate(counts) if count > 0] or [0]
+    first, last = filled[0], filled[-1] + 1
+    used = counts[first:last]
+    middles = [(low + high) / 2 for low, high in zip(edges[first:last], edges[first + 1 : last + 1], strict=True)]
+    logger.experiment.add_histogram_raw(
+        tag,
+        min=edges[first],
+        max=edges[last],
+        num=sum(used),
+        sum=sum(count * middle for count, middle in zip(used, middles, strict=True)),
+        sum_squares=sum(count * middle**2 for count, middle in zip(used, middles, strict=True)),
+        bucket_limits=edges[first + 1 : last + 1],
+        bucket_counts=used,
+        global_step=step,
+    )

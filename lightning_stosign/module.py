@@ -1,0 +1,285 @@
+"""StoSignMixin: one base class more, and a LightningModule trains with StoSignSGD or what it is compared with."""
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any, Literal, get_args
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from lightning_stosign.optim._base import check_choice, check_number
+from lightning_stosign.optim.emulation import emulate_state_precision
+from lightning_stosign.optim.signsgd import SignSGD
+from lightning_stosign.optim.state_precision import StatePrecision
+from lightning_stosign.optim.stosign import StoSignSGD
+
+OptimizerName = Literal["stosign", "signsgd", "adamw", "lion", "muon"]
+Schedule = Literal["cosine", "linear", "constant", "wsd"]
+
+_DEFAULT_BETAS: dict[str, tuple[float, float]] = {
+    "stosign": (0.9, 1.0),
+    "signsgd": (0.9, 0.0),
+    "adamw": (0.9, 0.95),
+    "lion": (0.9, 0.99),
+    "muon": (0.9, 0.95),
+}
+
+
+@dataclass(frozen=True)
+class StoSignConfig:
+    """Everything :class:`StoSignMixin` needs to build an optimizer and its schedule.
+
+    Args:
+        optimizer: ``"stosign"`` (:class:`StoSignSGD`), ``"signsgd"`` (:class:`SignSGD`), ``"adamw"`` (torch),
+            ``"lion"`` (pytorch_optimizer), ``"muon"`` (torch's Muon for the matrices, AdamW for the rest).
+        lr: peak learning rate, >= 0.
+        betas: the optimizer's betas. None: ``(0.9, 1.0)`` for stosign, ``(0.9, 0.95)`` for adamw and muon,
+            ``(0.9, 0.99)`` for lion; of signsgd's, 0.9, only the first is used.
+        weight_decay: decoupled weight decay of the parameters that ``no_decay`` does not exempt, >= 0.
+        no_decay: what is exempt: the kinds ``"bias"``, ``"norm"`` and ``"embedding"``, and globs on parameter names.
+        warmup_steps: optimizer steps over which lr rises linearly from lr / warmup_steps, >= 0.
+        schedule: what follows until the trainer's last step: ``"cosine"`` or ``"linear"`` to lr * min_lr_ratio;
+            ``"constant"``; ``"wsd"``: constant, then linear over the last ``wsd_decay_ratio`` of all steps.
+        min_lr_ratio: the last learning rate as a share of the peak, in [0, 1].
+        wsd_decay_ratio: the length of wsd's decay as a share of all steps, in (0, 1].
+        state_precision: how the optimizer states are stored: a :class:`StatePrecision` or its name. Optimizers that
+            cannot store them so get :func:`emulate_state_precision`. None: in full precision.
+        stochastic: False gives StoSignSGD's in-expectation form.
+        seed: of StoSignSGD's noise.
+        on_nonfinite: what stosign and signsgd do about a gradient with inf or NaN: ``"raise"`` or ``"skip"``.
+
+    Raises:
+        ValueError: an argument is out of range.
+        TypeError: an argument is of the wrong type.
+
+    Example:
+        >>> StoSignConfig(lr=2e-3, warmup_steps=100, state_precision="fp8").schedule
+        'cosine'
+    """
+
+    optimizer: OptimizerName = "stosign"
+    lr: float = 1e-3
+    betas: tuple[float, float] | None = None
+    weight_decay: float = 0.1
+    no_decay: tuple[str, ...] = ("bias", "norm", "embedding")
+    warmup_steps: int = 0
+    schedule: Schedule = "cosine"
+    min_lr_ratio: float = 0.1
+    wsd_decay_ratio: float = 0.2
+    state_precision: StatePrecision | str | None = None
+    stochastic: bool = True
+    seed: int = 0
+    on_nonfinite: Literal["raise", "skip"] = "raise"
+
+    def __post_init__(self) -> None:
+        check_choice("optimizer", self.optimizer, get_args(OptimizerName))
+        check_choice("schedule", self.schedule, get_args(Schedule))
+        check_number("lr", self.lr)
+        check_number("weight_decay", self.weight_decay)
+        check_number("min_lr_ratio", self.min_lr_ratio, 0.0, 1.0)
+        check_number("wsd_decay_ratio", self.wsd_decay_ratio, 0.0, 1.0)
+        if self.wsd_decay_ratio == 0:
+            raise ValueError("wsd_decay_ratio=0 must be greater than 0")
+        if isinstance(self.warmup_steps, bool) or not isinstance(self.warmup_steps, int):
+            raise TypeError(f"warmup_steps={self.warmup_steps!r} must be an int")
+        if self.warmup_steps < 0:
+            raise ValueError(f"warmup_steps={self.warmup_steps} must be at least 0")
+        if isinstance(self.no_decay, str):
+            raise TypeError(f"no_decay={self.no_decay!r} must be a list of strings")
+        # Frozen and of plain values: hashable, and a checkpoint that holds one loads with weights_only=True.
+        object.__setattr__(self, "no_decay", tuple(self.no_decay))
+        if self.betas is not None:
+            object.__setattr__(self, "betas", tuple(self.betas))
+        if self.state_precision is not None:
+            object.__setattr__(self, "state_precision", str(StatePrecision.parse(self.state_precision)))
+        # The optimizer knows its own options best: let it refuse them now rather than when training starts.
+        self.build_optimizer([{"params": [nn.Parameter(torch.zeros(1, 1))]}])
+
+    def build_optimizer(self, params: Iterable[dict[str, Any]]) -> Optimizer:
+        """Return the optimizer for these param groups, whose ``weight_decay`` is their own.
+
+        Raises:
+            ValueError: the optimizer does not accept an option.
+            ModuleNotFoundError: the optimizer is in a package that is not installed.
+        """
+        betas = self.betas if self.betas is not None else _DEFAULT_BETAS[self.optimizer]
+        groups = list(params)
+        optimizer: Optimizer
+        if self.optimizer == "stosign":
+            return StoSignSGD(
+                groups,
+                lr=self.lr,
+                betas=betas,
+                weight_decay=self.weight_decay,
+                stochastic=self.stochastic,
+                seed=self.seed,
+                state_precision=self.state_precision,
+                on_nonfinite=self.on_nonfinite,
+            )
+        if self.optimizer == "signsgd":
+            return SignSGD(
+                groups,
+                lr=self.lr,
+                momentum=betas[0],
+                weight_decay=self.weight_decay,
+                state_precision=self.state_precision,
+                on_nonfinite=self.on_nonfinite,
+            )
+        if self.optimizer == "adamw":
+            optimizer = torch.optim.AdamW(groups, lr=self.lr, betas=betas, weight_decay=self.weight_decay)
+        elif self.optimizer == "lion":
+            optimizer = _lion(groups, lr=self.lr, betas=betas, weight_decay=self.weight_decay)
+        else:
+            optimizer = _muon(groups, lr=self.lr, betas=betas, weight_decay=self.weight_decay)
+        if self.state_precision is not None:
+            emulate_state_precision(optimizer, self.state_precision)
+        return optimizer
+
+
+# LightningModule.save_hyperparameters() puts a config into checkpoints.
+torch.serialization.add_safe_globals([StoSignConfig])
+
+
+class StoSignMixin:
+    """Gives a LightningModule ``configure_optimizers``: param groups, optimizer and schedule from one config.
+
+    Set ``self.stosign`` to a :class:`StoSignConfig`; without it the defaults apply. Biases, norms and embeddings are
+    not decayed by default; override :meth:`decays` for another rule. Parameters that do not require a gradient are left
+    out. The schedule runs by optimizer steps over ``trainer.estimated_stepping_batches``.
+
+    Example:
+        >>> class Classifier(StoSignMixin, LightningModule):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.stosign = StoSignConfig(lr=1e-3, warmup_steps=100)
+        ...         self.layer = nn.Linear(4, 2)
+        >>> [sorted(group["param_names"]) for group in Classifier().param_groups()]
+        [['layer.weight'], ['layer.bias']]
+    """
+
+    stosign: StoSignConfig = StoSignConfig()
+
+    def decays(self, name: str, param: Tensor, module: nn.Module) -> bool:
+        """Return whether weight decay applies to a parameter.
+
+        Args:
+            name: its full name.
+            param: the parameter.
+            module: the module that holds it; one of them, if it is shared.
+        """
+        kinds = {
+            "bias": name.rpartition(".")[2] == "bias",
+            # By name too, as models bring norms of their own: LlamaRMSNorm, te.RMSNorm.
+            "norm": isinstance(module, nn.modules.batchnorm._NormBase) or type(module).__name__.endswith("Norm"),
+            "embedding": isinstance(module, (nn.Embedding, nn.EmbeddingBag)),
+        }
+        return not any(kinds[rule] if rule in kinds else fnmatchcase(name, rule) for rule in self.stosign.no_decay)
+
+    def param_groups(self) -> list[dict[str, Any]]:
+        """Return the param groups: at most one with and one without decay (and with Muon its matrices apart)."""
+        module = self._as_module()
+        config = self.stosign
+        # A shared parameter is decayed only if every module that holds it says so.
+        decayed: dict[Tensor, bool] = {}
+        is_embedding: dict[Tensor, bool] = {}
+        names: dict[Tensor, str] = {}
+        for prefix, owner in module.named_modules():
+            for leaf, param in owner.named_parameters(prefix=prefix, recurse=False):
+                if param.requires_grad:
+                    names.setdefault(param, leaf)
+                    decayed[param] = decayed.get(param, True) and self.decays(leaf, param, owner)
+                    is_embedding[param] = is_embedding.get(param, False) or isinstance(owner, nn.Embedding)
+        groups: dict[tuple[bool, bool], dict[str, Any]] = {}
+        for param, name in names.items():
+            use_muon = config.optimizer == "muon" and param.dim() == 2 and not is_embedding[param]
+            group = groups.setdefault(
+                (use_muon, not decayed[param]),
+                {"params": [], "param_names": [], "weight_decay": config.weight_decay if decayed[param] else 0.0},
+            )
+            if use_muon:
+                group["use_muon"] = True
+            group["params"].append(param)
+            group["param_names"].append(name)
+        return [groups[key] for key in sorted(groups)]
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        """Build the optimizer and, for a schedule that changes lr, its scheduler.
+
+        Raises:
+            ValueError: the schedule needs an end, but the trainer has none.
+        """
+        config = self.stosign
+        module = self._as_module()
+        optimizer = config.build_optimizer(self.param_groups())
+        if config.schedule == "constant" and config.warmup_steps == 0:
+            return {"optimizer": optimizer}
+        total = math.inf if config.schedule == "constant" else module.trainer.estimated_stepping_batches
+        scheduler = LambdaLR(optimizer, lr_factor(config, total))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step", "frequency": 1}}
+
+    def _as_module(self) -> LightningModule:
+        if not isinstance(self, LightningModule):
+            raise TypeError(
+                f"{type(self).__name__} must be a LightningModule: class Model(StoSignMixin, LightningModule)"
+            )
+        return self
+
+
+def lr_factor(config: StoSignConfig, total_steps: float) -> Callable[[int], float]:
+    """Return the schedule: from the number of finished steps to the factor on the peak learning rate.
+
+    Args:
+        config: warm-up, schedule, min_lr_ratio, wsd_decay_ratio.
+        total_steps: the number of optimizer steps, inf where it is not known.
+
+    Raises:
+        ValueError: the schedule needs an end and there is none, or warm-up does not fit before it.
+
+    Example:
+        >>> factor = lr_factor(StoSignConfig(schedule="linear", warmup_steps=2, min_lr_ratio=0.0), 6)
+        >>> [factor(step) for step in range(7)]
+        [0.5, 1.0, 1.0, 0.75, 0.5, 0.25, 0.0]
+    """
+    warmup, floor, schedule = config.warmup_steps, config.min_lr_ratio, config.schedule
+    if schedule != "constant" and math.isinf(total_steps):
+        raise ValueError(
+            f"schedule={schedule!r} needs an end: set the Trainer's max_steps or max_epochs, or 'constant'"
+        )
+    if warmup >= total_steps:
+        raise ValueError(f"warmup_steps={warmup} must be less than the {int(total_steps)} steps of this training")
+    decay_start = max(warmup, total_steps * (1 - config.wsd_decay_ratio)) if schedule == "wsd" else warmup
+
+    # A closure, not an object with attributes: LambdaLR would save those and a longer resumed run restore the old end.
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / warmup
+        if schedule == "constant" or step <= decay_start:
+            return 1.0
+        progress = min(1.0, (step - decay_start) / (total_steps - decay_start))
+        remaining = (1 + math.cos(math.pi * progress)) / 2 if schedule == "cosine" else 1 - progress
+        return floor + (1 - floor) * remaining
+
+    return factor
+
+
+def _lion(groups: list[dict[str, Any]], **options: Any) -> Optimizer:
+    try:
+        from pytorch_optimizer import Lion
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "optimizer='lion' needs pytorch_optimizer: pip install 'lightning-stosign[optimizers]'"
+        ) from error
+    return Lion(groups, weight_decouple=True, **options)
+
+
+def _muon(groups: list[dict[str, Any]], **options: Any) -> Optimizer:
+    if not hasattr(torch.optim, "Muon"):
+        raise ValueError(f"optimizer='muon' needs torch.optim.Muon (torch >= 2.9); this is torch {torch.__version__}")
+    from lightning_stosign.optim.muon import MuonAdamW
+
+    return MuonAdamW(groups, **options)
