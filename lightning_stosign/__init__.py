@@ -1,5 +1,19 @@
 """Optimizers that survive low precision, and the instruments that show when one does not."""
 
+from lightning_stosign.callbacks import OptimizerStateMonitor, StateCollapseError, StateCollapseGuard
+from lightning_stosign.module import StoSignConfig, StoSignMixin
 from lightning_stosign.optim import SignSGD, StatePrecision, StoSignSGD, emulate_state_precision
+from lightning_stosign.precision import Float8Precision
 
-__all__ = ["SignSGD", "StatePrecision", "StoSignSGD", "emulate_state_precision"]
+__all__ = [
+    "Float8Precision",
+    "OptimizerStateMonitor",
+    "SignSGD",
+    "StateCollapseError",
+    "StateCollapseGuard",
+    "StatePrecision",
+    "StoSignConfig",
+    "StoSignMixin",
+    "StoSignSGD",
+    "emulate_state_precision",
+]

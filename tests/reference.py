@@ -1,0 +1,94 @@
+"""The papers' algorithms and formats in plain numpy: the oracle of the optimizer tests. Slow and obvious on purpose."""
+
+import numpy as np
+
+MASK32, MASK64 = (1 << 32) - 1, (1 << 64) - 1
+
+
+def splitmix64(x):
+    x = (x + 0x9E3779B97F4A7C15) & MASK64
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & MASK64
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & MASK64
+    return x ^ (x >> 31)
+
+
+def lowbias32(x):
+    x ^= x >> 16
+    x = (x * 0x7FEB352D) & MASK32
+    x ^= x >> 15
+    x = (x * 0x846CA68B) & MASK32
+    return x ^ (x >> 16)
+
+
+def key(seed, step, index, stream=0):
+    k = 0
+    for word in (seed, step, index, stream):
+        k = splitmix64(k ^ word)
+    return k
+
+
+def noise(k, numel, start=0):
+    """n ~ Unif(-1, 1), one Python integer at a time."""
+    values = []
+    for i in range(start, start + numel):
+        segment = splitmix64(k ^ (i >> 32))
+        h = lowbias32(lowbias32((i & MASK32) ^ (segment & MASK32)) ^ (segment >> 32))
+        upper = h >> 8 if h < 1 << 31 else (h >> 8) - (1 << 24)  # the upper 24 bits as a signed number
+        values.append((2 * upper + 1) / 2**24)
+    return np.array(values)
+
+
+def stosign(x, grads, lr, beta1, beta2, weight_decay, noises):
+    """Algorithm 3 (Algorithm 11 with beta2 < 1; Algorithm 10 where a noise is None), float64. Returns the iterates."""
+    m, G, iterates = np.zeros_like(x), np.zeros_like(x), []
+    for g, n in zip(grads, noises, strict=True):
+        m = beta1 * m + (1 - beta1) * g
+        G = np.maximum(beta2 * G, np.abs(m))
+        direction = np.divide(m, G, out=np.zeros_like(m), where=G > 0) if n is None else np.sign(m + G * n)
+        x = x - lr * direction - lr * weight_decay * x
+        iterates.append(x)
+    return iterates
+
+
+def signsgd(x, grads, lr, beta, weight_decay):
+    """Algorithm 5."""
+    m, iterates = np.zeros_like(x), []
+    for g in grads:
+        m = beta * m + (1 - beta) * g
+        x = x - lr * np.sign(m) - lr * weight_decay * x
+        iterates.append(x)
+    return iterates
+
+
+def float_format_values(exponent_bits, mantissa_bits, bias, largest):
+    """All finite values >= 0 of a floating-point format, in order."""
+    values = []
+    for e in range(1 << exponent_bits):
+        for f in range(1 << mantissa_bits):
+            fraction = f / (1 << mantissa_bits)
+            value = fraction * 2.0 ** (1 - bias) if e == 0 else (1 + fraction) * 2.0 ** (e - bias)
+            if value <= largest:
+                values.append(value)
+    return np.array(values)
+
+
+FORMATS = {
+    "float8_e4m3fn": float_format_values(4, 3, 7, 448.0),
+    "float8_e5m2": float_format_values(5, 2, 15, 57344.0),
+    "float16": float_format_values(5, 10, 15, 65504.0),
+}
+
+
+def round_nearest(values, table):
+    """To the nearest magnitude of the table, ties to the even one (tables start with an even number), saturating."""
+    magnitude = np.minimum(np.abs(values), table[-1])
+    above = np.searchsorted(table, magnitude, side="left")
+    below = np.maximum(above - 1, 0)
+    to_above, to_below = table[above] - magnitude, magnitude - table[below]
+    pick_above = (to_above < to_below) | ((to_above == to_below) & (above % 2 == 0))
+    return np.copysign(np.where(pick_above, table[above], table[below]), values)
+
+
+def round_up(values, table):
+    """To the smallest number of the table that is not below, saturating; values >= 0."""
+    return table[np.searchsorted(table, np.minimum(values, table[-1]), side="left")]
