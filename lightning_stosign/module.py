@@ -29,6 +29,9 @@ _DEFAULT_BETAS: dict[str, tuple[float, float]] = {
     "muon": (0.9, 0.95),
 }
 
+_NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+_EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
+
 
 @dataclass(frozen=True)
 class StoSignConfig:
@@ -89,11 +92,13 @@ class StoSignConfig:
             raise TypeError(f"warmup_steps={self.warmup_steps!r} must be an int")
         if self.warmup_steps < 0:
             raise ValueError(f"warmup_steps={self.warmup_steps} must be at least 0")
-        if isinstance(self.no_decay, str):
+        if isinstance(self.no_decay, str) or not isinstance(self.no_decay, (tuple, list)):
             raise TypeError(f"no_decay={self.no_decay!r} must be a list of strings")
         # Frozen and of plain values: hashable, and a checkpoint that holds one loads with weights_only=True.
         object.__setattr__(self, "no_decay", tuple(self.no_decay))
         if self.betas is not None:
+            if not isinstance(self.betas, (tuple, list)) or len(self.betas) != 2:
+                raise TypeError(f"betas={self.betas!r} must be a pair of numbers or None")
             object.__setattr__(self, "betas", tuple(self.betas))
         if self.state_precision is not None:
             object.__setattr__(self, "state_precision", str(StatePrecision.parse(self.state_precision)))
@@ -173,10 +178,11 @@ class StoSignMixin:
             module: the module that holds it; one of them, if it is shared.
         """
         kinds = {
-            "bias": name.rpartition(".")[2] == "bias",
+            # Also in_proj_bias, bias_ih_l0 and the like.
+            "bias": "bias" in name.rpartition(".")[2].split("_"),
             # By name too, as models bring norms of their own: LlamaRMSNorm, te.RMSNorm.
-            "norm": isinstance(module, nn.modules.batchnorm._NormBase) or type(module).__name__.endswith("Norm"),
-            "embedding": isinstance(module, (nn.Embedding, nn.EmbeddingBag)),
+            "norm": isinstance(module, _NORMS) or type(module).__name__.endswith("Norm"),
+            "embedding": isinstance(module, _EMBEDDINGS),
         }
         return not any(kinds[rule] if rule in kinds else fnmatchcase(name, rule) for rule in self.stosign.no_decay)
 
@@ -193,7 +199,7 @@ class StoSignMixin:
                 if param.requires_grad:
                     names.setdefault(param, leaf)
                     decayed[param] = decayed.get(param, True) and self.decays(leaf, param, owner)
-                    is_embedding[param] = is_embedding.get(param, False) or isinstance(owner, nn.Embedding)
+                    is_embedding[param] = is_embedding.get(param, False) or isinstance(owner, _EMBEDDINGS)
         groups: dict[tuple[bool, bool], dict[str, Any]] = {}
         for param, name in names.items():
             use_muon = config.optimizer == "muon" and param.dim() == 2 and not is_embedding[param]
@@ -207,7 +213,7 @@ class StoSignMixin:
             group["param_names"].append(name)
         return [groups[key] for key in sorted(groups)]
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> Any:
         """Build the optimizer and, for a schedule that changes lr, its scheduler.
 
         Raises:
@@ -219,6 +225,8 @@ class StoSignMixin:
         if config.schedule == "constant" and config.warmup_steps == 0:
             return {"optimizer": optimizer}
         total = math.inf if config.schedule == "constant" else module.trainer.estimated_stepping_batches
+        if total < 0:  # Lightning's answer where max_epochs is set but the data have no end
+            total = math.inf
         scheduler = LambdaLR(optimizer, lr_factor(config, total))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step", "frequency": 1}}
 

@@ -10,7 +10,8 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lightning_stosign.callbacks._logging_gate import is_due
-from lightning_stosign.health.snapshot import zero_fractions
+from lightning_stosign.health.readers import read_moments
+from lightning_stosign.health.snapshot import parameters_of, zero_fractions
 
 _ACTIONS = ("warn", "stop", "raise")
 
@@ -68,6 +69,8 @@ class StateCollapseGuard(Callback):
             raise ValueError(f"action={action!r} is unknown; accepted: {', '.join(map(repr, _ACTIONS))}")
         if isinstance(states, str) or not isinstance(states, (Sequence, type(None))):
             raise TypeError(f"states={states!r} must be a list of names or None")
+        if states is not None and not states:
+            raise ValueError("states=[] watches nothing; accepted: names of states, or None for the decisive ones")
         self.max_zero_fraction = max_zero_fraction
         self.patience = patience
         self.action = action
@@ -75,6 +78,12 @@ class StateCollapseGuard(Callback):
         self.collapsed_at: dict[str, int] = {}
         self._looks_above: dict[str, int] = {}
         self._handles: list[RemovableHandle] = []
+
+    def setup(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
+        """Start anew: ``fit`` makes new optimizers. A resumed run gets its past from the checkpoint after this."""
+        if stage == "fit":
+            self.collapsed_at.clear()
+            self._looks_above.clear()
 
     def on_train_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """Watch the trainer's optimizers."""
@@ -88,9 +97,13 @@ class StateCollapseGuard(Callback):
             self._handles.append(optimizer.register_step_post_hook(look))
 
     def _look(self, trainer: "pl.Trainer", optimizer: Optimizer, label: str) -> None:
+        if not optimizer.state and any(group.get("on_nonfinite") == "skip" for group in optimizer.param_groups):
+            return  # every step so far was skipped
         fractions = zero_fractions(optimizer, self.states)
         if missing := set(self.states or ()) - fractions.keys():
-            present = sorted({name for state in optimizer.state.values() for name in state})
+            present = sorted(
+                {n for p, group in parameters_of(optimizer) for n in read_moments(optimizer, p, group).states}
+            )
             optimizer_name = type(optimizer).__name__
             raise ValueError(f"states: {optimizer_name} has no state {sorted(missing)}; accepted: {present}")
         for name, (fraction, finite) in fractions.items():

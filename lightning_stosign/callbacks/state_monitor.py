@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
@@ -18,6 +18,14 @@ from lightning_stosign.health.statistics import log10_bin_edges
 from lightning_stosign.optim.state_precision import StatePrecision
 
 PREFIX = "optimizer_state"
+
+
+class _Begun(NamedTuple):
+    """What on_before_optimizer_step saw of a step that is to be recorded, and the parameters as they were."""
+
+    global_step: int
+    snapshot: Snapshot
+    before: dict[Tensor, Tensor]
 
 
 class OptimizerStateMonitor(Callback):
@@ -73,7 +81,8 @@ class OptimizerStateMonitor(Callback):
     ) -> None:
         check_every_n_steps(every_n_steps)
         for name, value in (("forecast", forecast), ("layers", layers)):
-            if isinstance(value, str) or not isinstance(value, (Sequence, type(None))):
+            optional = name == "layers" and value is None
+            if isinstance(value, str) or not (isinstance(value, Sequence) or optional):
                 raise TypeError(f"{name}={value!r} must be a list of strings")
         for format_name in forecast:
             StatePrecision.parse(format_name)
@@ -84,8 +93,7 @@ class OptimizerStateMonitor(Callback):
         self.layers = None if layers is None else tuple(layers)
         self._names: dict[Tensor, str] = {}
         self._handles: list[RemovableHandle] = []
-        # What on_before_optimizer_step saw of a step that is to be recorded, and the parameters as they were.
-        self._begun: dict[Optimizer, tuple[Snapshot, dict[Tensor, Tensor]]] = {}
+        self._begun: dict[Optimizer, _Begun] = {}
 
     def setup(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
         """Check that there is a logger to write to."""
@@ -118,6 +126,10 @@ class OptimizerStateMonitor(Callback):
         self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", optimizer: Optimizer
     ) -> None:
         """Of a step that is to be recorded, look at the gradients and keep the parameters as they are before it."""
+        if optimizer in self._begun:
+            if self._begun[optimizer].global_step == trainer.global_step:
+                return  # LBFGS evaluates its closure several times a step: the first one sees the parameters before it
+            del self._begun[optimizer]  # of a step that AMP skipped
         if not self._handles or not is_due(trainer, self.every_n_steps):
             return
         snapshot = Snapshot(self.forecast, self.histograms)
@@ -126,17 +138,17 @@ class OptimizerStateMonitor(Callback):
             if param.grad is not None and param.numel() > 0:
                 snapshot.add_gradient(name, param.grad)
                 before[param] = param.detach().clone()
-        self._begun[optimizer] = (snapshot, before)
+        self._begun[optimizer] = _Begun(trainer.global_step, snapshot, before)
 
     def _finish(self, trainer: "pl.Trainer", optimizer: Optimizer) -> None:
         """After the update, add the states and the step taken, and log. Not called for a step that AMP skips."""
         if optimizer not in self._begun:
             return
-        snapshot, before = self._begun.pop(optimizer)
+        _, snapshot, before = self._begun.pop(optimizer)
         for name, param, group in self._watched(optimizer):
             moments = read_moments(optimizer, param, group)
             snapshot.add_states(name, moments)
-            if param in before:
+            if param in before and "lr" in group:  # a parameter-free optimizer has none
                 snapshot.add_update(
                     name, before.pop(param), param.detach(), group["lr"], moments.decoupled_weight_decay
                 )

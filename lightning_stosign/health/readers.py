@@ -106,7 +106,7 @@ class Moments:
         numerator: what gives the update its direction, or None where unknown.
         denominator: what divides it, or None where there is none.
         decisive_names: the names of the states without which the update fails: the denominator's or, where there is
-            none, the numerator's; all states of an optimizer without a rule.
+            none, the numerator's; all states where the rule names neither or there is no rule.
         decoupled_weight_decay: the factor by which ``lr`` times the parameter is subtracted besides the update.
         stochastic_sign: whether the update is ``sign(numerator + denominator * noise)``.
     """
@@ -147,7 +147,7 @@ def read_moments(optimizer: Optimizer, param: Tensor, group: Mapping[str, Any]) 
     spec = group.get("state_precision")
     precision = StatePrecision.parse(spec) if spec is not None else StatePrecision(torch.float32)
     names = [name for name, value in state.items() if is_moment(name, value) and not _is_scale(name, state)]
-    states = {name: _in_float32(read_state(state, name, precision)) for name in names}
+    states = {name: _in_float32(_read(state, name, precision)) for name in names}
 
     rule = update_rule(optimizer, group)
     available = {**states, "grad": param.grad} if param.grad is not None and not param.grad.is_sparse else states
@@ -157,7 +157,8 @@ def read_moments(optimizer: Optimizer, param: Tensor, group: Mapping[str, Any]) 
         states=states,
         numerator=available.get(rule.numerator) if rule.numerator is not None else None,
         denominator=states.get(denominator_name) if denominator_name is not None else None,
-        decisive_names=frozenset({decisive} & states.keys() if decisive is not None else states),
+        # All where the rule names none of them: Adafactor keeps a matrix's second moments as row_var and col_var.
+        decisive_names=frozenset(name for name in states if name == decisive) or frozenset(states),
         decoupled_weight_decay=float(group.get("weight_decay", 0.0)) if rule.decoupled_weight_decay(group) else 0.0,
         stochastic_sign=rule.stochastic_sign(group),
     )
@@ -165,6 +166,13 @@ def read_moments(optimizer: Optimizer, param: Tensor, group: Mapping[str, Any]) 
 
 def _is_scale(name: str, state: Mapping[str, Any]) -> bool:
     return name.endswith(SCALE_SUFFIX) and name.removesuffix(SCALE_SUFFIX) in state
+
+
+def _read(state: dict[str, Any], name: str, precision: StatePrecision) -> Tensor:
+    value = state[name]
+    if type(value).dequantize is not Tensor.dequantize:  # a tensor subclass, such as torchao's 8-bit states
+        return value.dequantize()
+    return read_state(state, name, precision)
 
 
 def _in_float32(value: Tensor) -> Tensor:

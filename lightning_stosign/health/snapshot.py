@@ -95,6 +95,8 @@ class Snapshot:
         step = after.to(dtype) - before.to(dtype)
         if weight_decay != 0:
             step += before.to(dtype) * (lr * weight_decay)
+        if isinstance(lr, Tensor):
+            lr = lr.reshape(())  # of shape [1] it could not divide a 0-dimensional parameter's step in place
         self._tallies["update_rms"][layer] = Tally("rms", square_sum(step.div_(lr)), float(step.numel()))
 
     def records(self, per_layer: bool) -> tuple[dict[str, float], dict[str, list[float]]]:

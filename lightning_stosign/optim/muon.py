@@ -8,6 +8,8 @@ import torch
 from torch.optim import AdamW, Muon
 from torch.optim.optimizer import Optimizer, ParamsT
 
+from lightning_stosign.optim._base import check_beta, check_choice, check_lr, check_number
+
 
 class MuonAdamW(Optimizer):
     """torch's Muon and torch's AdamW behind one optimizer, as Lightning's automatic optimization wants.
@@ -48,13 +50,18 @@ class MuonAdamW(Optimizer):
         """Add a param group, as in torch.optim."""
         super().add_param_group(param_group)
         group = self.param_groups[-1]
-        if group["use_muon"]:
-            group.setdefault("momentum", group["betas"][0])
-        self._build_parts()
+        try:
+            _check_group(group)
+            if group["use_muon"]:
+                group.setdefault("momentum", group["betas"][0])
+            self._build_parts()
+        except (TypeError, ValueError):
+            self.param_groups.pop()
+            raise
 
     def _build_parts(self) -> None:
         """Let torch's two optimizers work on this one's param groups and states."""
-        self.parts: list[Optimizer] = []
+        parts: list[Optimizer] = []
         for use_muon in (True, False):
             groups = [group for group in self.param_groups if group["use_muon"] is use_muon]
             if not groups:
@@ -63,7 +70,8 @@ class MuonAdamW(Optimizer):
             part: Optimizer = Muon(groups, adjust_lr_fn="match_rms_adamw") if use_muon else AdamW(groups)
             part.param_groups = groups
             part.state = self.state
-            self.parts.append(part)
+            parts.append(part)
+        self.parts = parts
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -80,3 +88,14 @@ class MuonAdamW(Optimizer):
         for part in self.parts:
             part.step()
         return loss
+
+
+def _check_group(group: dict[str, Any]) -> None:
+    """Raise unless a group's options are in range: torch's optimizers check only the defaults they are given."""
+    check_lr(group["lr"])
+    check_number("weight_decay", group["weight_decay"])
+    if not isinstance(group["betas"], (tuple, list)) or len(group["betas"]) != 2:
+        raise TypeError(f"betas={group['betas']!r} must be a pair of numbers")
+    for i, beta in enumerate(group["betas"]):
+        check_beta(f"betas[{i}]", beta)
+    check_choice("use_muon", group["use_muon"], (True, False))
