@@ -177,11 +177,12 @@ class StoSignMixin:
             param: the parameter.
             module: the module that holds it; one of them, if it is shared.
         """
+        words = name.rpartition(".")[2].split("_")
         kinds = {
             # Also in_proj_bias, bias_ih_l0 and the like.
-            "bias": "bias" in name.rpartition(".")[2].split("_"),
-            # By name too, as models bring norms of their own: LlamaRMSNorm, te.RMSNorm.
-            "norm": isinstance(module, _NORMS) or type(module).__name__.endswith("Norm"),
+            "bias": "bias" in words,
+            # By name too, as models bring norms of their own: LlamaRMSNorm, te.RMSNorm; te's fused layer_norm_weight.
+            "norm": isinstance(module, _NORMS) or type(module).__name__.endswith("Norm") or "norm" in words,
             "embedding": isinstance(module, _EMBEDDINGS),
         }
         return not any(kinds[rule] if rule in kinds else fnmatchcase(name, rule) for rule in self.stosign.no_decay)
@@ -227,6 +228,9 @@ class StoSignMixin:
         total = math.inf if config.schedule == "constant" else module.trainer.estimated_stepping_batches
         if total < 0:  # Lightning's answer where max_epochs is set but the data have no end
             total = math.inf
+        if module.trainer.fast_dev_run:  # type: ignore[attr-defined]
+            # too short for any warm-up, and meant to run all the same
+            total = max(total, config.warmup_steps + 1)
         scheduler = LambdaLR(optimizer, lr_factor(config, total))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step", "frequency": 1}}
 

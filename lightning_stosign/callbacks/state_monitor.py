@@ -50,7 +50,7 @@ class OptimizerStateMonitor(Callback):
 
     each over all layers and, with ``per_layer``, for each as ``<tag>/<parameter name>``. States are read after the
     update. Recording a step costs a copy of the parameters, a few passes over the states, and one transfer to the host;
-    a step that is not recorded costs nothing.
+    a step that is not recorded costs nothing. ``update_rms`` of bfloat16 and float16 parameters includes their rounding.
 
     Args:
         every_n_steps: record every n-th optimizer step. None: as ``Trainer(log_every_n_steps)``.

@@ -146,7 +146,7 @@ def read_moments(optimizer: Optimizer, param: Tensor, group: Mapping[str, Any]) 
     state = optimizer.state.get(param, {})
     spec = group.get("state_precision")
     precision = StatePrecision.parse(spec) if spec is not None else StatePrecision(torch.float32)
-    names = [name for name, value in state.items() if is_moment(name, value) and not _is_scale(name, state)]
+    names = [name for name, value in state.items() if is_moment(name, value, param) and not _is_scale(name, state)]
     states = {name: _in_float32(_read(state, name, precision)) for name in names}
 
     rule = update_rule(optimizer, group)

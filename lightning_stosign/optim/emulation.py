@@ -16,6 +16,8 @@ _DEGREES = {
     **dict.fromkeys(("acc_delta", "step_size", "ax", "eta", "mu", "mu_product"), 0),
 }
 
+_COUNTERS = ("eta", "mu", "mu_product")
+
 
 def state_degree(name: str) -> int:
     """Return the power of the gradient's scale that a state is proportional to.
@@ -27,9 +29,12 @@ def state_degree(name: str) -> int:
     return _DEGREES.get(name, 1)
 
 
-def is_moment(name: str, value: Any) -> bool:
+def is_moment(name: str, value: Any, param: Tensor) -> bool:
     """Return whether an entry of ``optimizer.state[param]`` is a state that has a value per coordinate or row."""
-    return isinstance(value, Tensor) and value.is_floating_point() and name != "step" and value.dim() > 0
+    if not isinstance(value, Tensor) or not value.is_floating_point() or name == "step":
+        return False
+    # Of a 0-dimensional parameter the moments are 0-dimensional too, like the counters that every parameter has.
+    return value.dim() > 0 or (param.dim() == 0 and name not in _COUNTERS)
 
 
 def emulate_state_precision(optimizer: Optimizer, precision: StatePrecision | str) -> RemovableHandle:
@@ -72,9 +77,9 @@ def emulate_state_precision(optimizer: Optimizer, precision: StatePrecision | st
         raise ValueError("precision: stochastic_rounding=True is not emulated; accepted: rounding to nearest")
 
     def round_states(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        for state in optimizer.state.values():
+        for param, state in optimizer.state.items():
             for name, value in state.items():
-                if is_moment(name, value) and value.numel() > 0:
+                if is_moment(name, value, param) and value.numel() > 0:
                     value.copy_(as_stored(value, precision, state_degree(name)))
 
     return optimizer.register_step_post_hook(round_states)

@@ -54,9 +54,11 @@ def test_removed_handle_ends_the_emulation():
 
 @pytest.mark.parametrize(
     "cls",
-    [torch.optim.ASGD, torch.optim.Adadelta, torch.optim.Adafactor, torch.optim.Adagrad, torch.optim.Adam]
-    + [torch.optim.Adamax, torch.optim.NAdam, torch.optim.RAdam, torch.optim.RMSprop, torch.optim.Rprop]
-    + [lambda params: torch.optim.SGD(params, momentum=0.9)],
+    [
+        *(torch.optim.ASGD, torch.optim.Adadelta, torch.optim.Adafactor, torch.optim.Adagrad, torch.optim.Adam),
+        *(torch.optim.Adamax, torch.optim.NAdam, torch.optim.RAdam, torch.optim.RMSprop, torch.optim.Rprop),
+        lambda params: torch.optim.SGD(params, momentum=0.9),
+    ],
 )
 def test_every_torch_optimizer_runs_with_states_of_the_format(cls):
     x = torch.nn.Parameter(torch.ones(6, 5))
@@ -100,3 +102,21 @@ def test_float32_changes_nothing():
         step(plain, x, seed)
         step(emulated, y, seed)
     assert torch.equal(x, y) and copy.deepcopy(emulated.state[y])["step"] == 3
+
+
+@pytest.mark.parametrize("cls", [torch.optim.AdamW, torch.optim.NAdam, torch.optim.ASGD])
+def test_moments_of_a_scalar_parameter_are_rounded_and_its_counters_are_not(cls):
+    results = []
+    for precision in ("float32", "fp8-raw"):
+        x = torch.nn.Parameter(torch.tensor(1.0))
+        optimizer = cls([x])
+        emulate_state_precision(optimizer, precision)
+        x.grad = torch.tensor(0.3)
+        optimizer.step()
+        results.append(optimizer.state[x])
+    plain, rounded = results
+    for name, value in plain.items():
+        expected = value
+        if name in ("exp_avg", "exp_avg_sq", "ax"):
+            expected = torch.tensor(reference.round_nearest(value.double().numpy(), E4M3)).float()
+        assert rounded[name] == expected, name

@@ -75,7 +75,8 @@ def test_same_values_are_drawn_in_a_different_order_at_another_step():
 
 def test_fraction_is_in_zero_one_and_uniform():
     r = uniform_fraction(5, 1 << 20).double()
-    assert 0 <= float(r.min()) and float(r.max()) < 1
+    assert float(r.min()) >= 0
+    assert float(r.max()) < 1
     assert abs(float(r.mean()) - 0.5) < 5 / math.sqrt(12 * (1 << 20))
 
 

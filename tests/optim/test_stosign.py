@@ -91,8 +91,10 @@ def test_gradients_of_another_scale_give_the_same_steps():
 @pytest.mark.parametrize("beta2", [1.0, 0.8])
 @pytest.mark.parametrize(
     "precision",
-    ["float32", "bfloat16", "float16", "fp8", "fp8-raw", "fp8-block:block_size=8", "fp8:dtype=float8_e5m2"]
-    + ["fp8:stochastic_rounding=true", "fp8-raw:static_scale=1024"],
+    [
+        *("float32", "bfloat16", "float16", "fp8", "fp8-raw", "fp8-raw:static_scale=1024"),
+        *("fp8-block:block_size=8", "fp8:dtype=float8_e5m2", "fp8:stochastic_rounding=true"),
+    ],
 )
 def test_stored_envelope_covers_the_stored_momentum(precision, beta2):
     start, grads = problem(steps=60)

@@ -1,0 +1,179 @@
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from lightning_stosign import StatePrecision
+from lightning_stosign.health import (
+    coordinate_health,
+    log10_histogram,
+    noise_intensity,
+    state_statistics,
+    underflow_fraction,
+)
+from lightning_stosign.health.statistics import LOG10_BINS, LOG10_MAX, LOG10_MIN, abs_max, log10_bin_edges, square_sum
+
+NAN, INF = float("nan"), float("inf")
+SMALLEST = float(np.finfo(np.float32).smallest_subnormal)
+
+# Zeros and subnormal numbers among the rest, as in a state that is dying.
+finite = st.one_of(
+    st.just(0.0),
+    st.just(-0.0),
+    st.floats(-(2.0**100), 2.0**100, width=32),
+    st.floats(-(2.0**-126), 2.0**-126, width=32, allow_subnormal=True),
+)
+shapes = hnp.array_shapes(min_dims=0, max_dims=3, max_side=6)
+states = hnp.arrays(np.float32, shapes, elements=finite)
+
+
+def tensor(array):
+    return torch.from_numpy(np.array(array))
+
+
+def pair_of_states():
+    return shapes.flatmap(
+        lambda shape: st.tuples(
+            hnp.arrays(np.float32, shape, elements=finite), hnp.arrays(np.float32, shape, elements=finite)
+        )
+    )
+
+
+@given(states)
+def test_zeros_are_counted_whatever_their_sign_and_subnormals_are_none(values):
+    assert state_statistics(tensor(values)).zeros.item() == np.count_nonzero(values == 0)
+
+
+@given(states)
+def test_abs_max_is_the_largest_magnitude(values):
+    assert state_statistics(tensor(values)).abs_max.item() == np.abs(values.astype(float)).max()
+
+
+@given(states)
+def test_square_sum_is_the_float64_sum_of_squares(values):
+    expected = np.square(values.astype(float)).sum()
+    np.testing.assert_allclose(state_statistics(tensor(values)).square_sum.item(), expected, rtol=1e-12)
+
+
+def test_square_sum_of_tiny_second_moments_does_not_underflow():
+    assert square_sum(torch.full((1000,), 1e-30)).item() == pytest.approx(1e-57, rel=1e-6)
+
+
+def test_square_sum_of_large_values_does_not_overflow():
+    assert square_sum(torch.full((4,), 1e30)).item() == pytest.approx(4e60, rel=1e-6)
+
+
+@pytest.mark.parametrize("position", [0, 1, 2])
+def test_abs_max_is_nan_wherever_the_nan_is(position):
+    values = torch.tensor([1.0, INF, 3.0])
+    values[position] = NAN
+    assert abs_max(values).isnan()
+
+
+def test_statistics_are_scalars_in_float64():
+    for number in state_statistics(torch.ones(3, 2)):
+        assert (number.dtype, number.shape) == (torch.float64, ())
+
+
+@given(pair_of_states())
+def test_dead_and_exploding_are_counted_by_zero_denominators(pair):
+    numerator, denominator = pair
+    health = coordinate_health(tensor(numerator), tensor(denominator))
+    dead = np.count_nonzero((denominator == 0) & (numerator == 0))
+    exploding = np.count_nonzero((denominator == 0) & (numerator != 0))
+    assert (health.dead.item(), health.exploding.item()) == (dead, exploding)
+
+
+def test_a_nan_numerator_over_zero_is_exploding_not_dead():
+    health = coordinate_health(torch.tensor([NAN]), torch.zeros(1))
+    assert (health.dead.item(), health.exploding.item()) == (0, 1)
+
+
+@given(hnp.arrays(np.float32, (2, 7), elements=st.floats(0, 2.0**40, width=32, allow_subnormal=False)))
+def test_noise_intensity_sums_variance_and_agreement_over_the_moving(magnitudes):
+    numerator, envelope = magnitudes.min(axis=0), magnitudes.max(axis=0)
+    numerator[::2] *= -1
+    noise = noise_intensity(tensor(numerator), tensor(envelope))
+    moves = envelope > 0
+    u = numerator[moves].astype(float) / envelope[moves].astype(float)
+    # The quotient is a float32, rounded to 2**-24 of its value.
+    np.testing.assert_allclose(
+        [x.item() for x in noise], [(1 - u**2).sum(), ((1 + np.abs(u)) / 2).sum(), moves.sum()], rtol=1e-6, atol=1e-6
+    )
+
+
+FORECASTS = {
+    "fp8-raw": lambda x: 2.0**-10,  # half of E4M3's smallest number, 2**-9, is a tie and goes to the even 0
+    "fp8-raw:dtype=float8_e5m2": lambda x: 2.0**-17,
+    "float16": lambda x: 2.0**-25,
+    "fp8-raw:static_scale=1024": lambda x: 2.0**-20,
+    # scale: the smallest power of two s with amax / s <= 448
+    "fp8": lambda x: 2.0**-10 * 2.0 ** np.ceil(np.log2(np.abs(x).max() / 448)),
+}
+
+
+@pytest.mark.parametrize("name", FORECASTS)
+@given(hnp.arrays(np.float32, 20, elements=st.floats(-(2.0**8), 2.0**8, width=32)))
+def test_underflow_counts_the_nonzero_entries_at_most_half_the_smallest_number(name, values):
+    # By size, so that hypothesis' values, mostly around 1, meet every format's smallest number.
+    values = (values * np.float32(10.0) ** np.arange(-12, 8).clip(max=0)).astype(np.float32)
+    values[0] = 256.0
+    threshold = FORECASTS[name](values.astype(float))
+    lost, nonzero = underflow_fraction(tensor(values), StatePrecision.parse(name))
+    expected = np.count_nonzero((values != 0) & (np.abs(values.astype(float)) <= threshold))
+    assert (lost.item(), nonzero.item()) == (expected, np.count_nonzero(values))
+
+
+@pytest.mark.parametrize(("degree", "lost"), [(0, 3), (1, 2), (2, 1)])
+def test_underflow_applies_the_static_scale_by_the_degree_of_the_state(degree, lost):
+    values = torch.tensor([1.0, 2.0**-10, 2.0**-15, 2.0**-21])
+    assert underflow_fraction(values, StatePrecision.parse("fp8-raw:static_scale=32"), degree)[0].item() == lost
+
+
+def test_underflow_changes_no_state():
+    values = torch.tensor([1.0, 1e-6])
+    underflow_fraction(values, StatePrecision.parse("fp8-raw"))
+    assert torch.equal(values, torch.tensor([1.0, 1e-6]))
+
+
+def test_bin_edges_are_quarter_decades_from_minus_45_to_39():
+    np.testing.assert_allclose(log10_bin_edges().numpy(), np.arange(-45, 39.25, 0.25), rtol=0, atol=1e-12)
+
+
+def numpy_histogram(values):
+    magnitudes = np.abs(values.astype(float))
+    magnitudes = magnitudes[np.isfinite(magnitudes) & (magnitudes > 0)]
+    return np.histogram(np.log10(magnitudes), bins=LOG10_BINS, range=(LOG10_MIN, LOG10_MAX))[0]
+
+
+# Middles of bins: at the edges float32's log10 may differ from float64's in the last bit.
+middles = st.tuples(st.sampled_from([-1, 1]), st.integers(0, 4 * 76 - 1)).map(
+    lambda pair: np.float32(pair[0] * 10.0 ** (-38 + (pair[1] + 0.5) / 4))
+)
+special = st.sampled_from([np.float32(x) for x in (0.0, -0.0, NAN, INF, -INF, SMALLEST, 3e-40, -1e-42)])
+
+
+@given(hnp.arrays(np.float32, shapes, elements=st.one_of(middles, special)))
+def test_histogram_agrees_with_numpy_and_leaves_out_zero_nan_and_inf(values):
+    np.testing.assert_array_equal(log10_histogram(tensor(values)).numpy(), numpy_histogram(values))
+
+
+@pytest.mark.parametrize("value", [SMALLEST, float(np.finfo(np.float32).max)])
+def test_histogram_reaches_from_the_smallest_to_the_largest_float32(value):
+    assert log10_histogram(torch.tensor([value])).sum() == 1
+
+
+def test_histogram_bins_are_closed_below():
+    assert log10_histogram(torch.tensor([1.0]))[4 * 45].item() == 1
+
+
+@pytest.mark.slow
+def test_histogram_counts_beyond_what_float32_counts():
+    assert log10_histogram(torch.full(((1 << 24) + 5,), 0.02)).max().item() == (1 << 24) + 5
+
+
+@pytest.mark.slow
+def test_zeros_are_counted_beyond_what_float32_counts():
+    assert state_statistics(torch.zeros((1 << 24) + 5)).zeros.item() == (1 << 24) + 5
