@@ -1,0 +1,43 @@
+"""What the README shows is what the package does."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from torch.optim import Optimizer
+
+import lightning_stosign
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def test_python_example_runs_and_its_model_configures_its_optimizer():
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    scope = {}
+    exec(compile(code.replace("...", "self.layer = __import__('torch').nn.Linear(4, 2)"), "README.md", "exec"), scope)
+    model = scope["Model"]()
+    model.trainer = scope["trainer"]
+    scope["trainer"].fit_loop.setup_data = lambda: None  # the steps are given by max_steps, there are no data
+    scope["trainer"].fit_loop.max_epochs = -1
+    optimizer = model.configure_optimizers()["optimizer"]
+    assert isinstance(optimizer, Optimizer)
+    assert scope["trainer"].precision_plugin.exclude == ("*head*",)
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0]
+    assert isinstance(optimizer, lightning_stosign.StoSignSGD) and torch.is_tensor(model.layer.weight)
+
+
+@pytest.mark.parametrize("name", [n for n in lightning_stosign.__all__ if not n.endswith("Error")])
+def test_public_name_is_in_the_readme(name):
+    assert f"`{name}" in README
+
+
+@pytest.mark.parametrize("target", sorted(set(re.findall(r"make ([a-z-]+)", README))))
+def test_make_target_of_the_readme_exists(target):
+    assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+
+
+@pytest.mark.parametrize("path", sorted(set(re.findall(r"(?:examples|benchmarks)/[\w.]+\.\w+", README))))
+def test_file_of_the_readme_exists(path):
+    assert (ROOT / path).stat().st_size > 0
