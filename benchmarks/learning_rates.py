@@ -23,7 +23,7 @@ from pretrain_gpt import main as pretrain  # noqa: E402
 
 GRIDS = {
     "stosign": (5e-4, 1e-3, 2e-3, 4e-3),
-    "adamw": (5e-4, 1e-3, 2e-3, 4e-3),
+    "adamw": (5e-4, 1e-3, 2e-3, 4e-3, 8e-3),
     "signsgd": (1e-4, 2e-4, 4e-4, 8e-4, 1.6e-3),
 }
 
@@ -45,7 +45,7 @@ def validation_loss(optimizer: str, lr: float, steps: int, seed: int, folder: st
             "--trainer.enable_checkpointing=false",
             "--trainer.enable_progress_bar=false",
             "--trainer.enable_model_summary=false",
-            f"--trainer.default_root_dir={folder}",
+            f"--trainer.default_root_dir={folder}/{optimizer}-{lr}-{seed}",
         ]
     )
     cli.trainer.limit_val_batches = 40

@@ -1,7 +1,7 @@
 """What an optimizer step costs, as a ratio to torch's AdamW: all optimizers take turns in one process.
 
-python benchmarks/step_time.py                  # GPT-2's 148 tensors, 124 M parameters: needs 3 GB
-python benchmarks/step_time.py --width 256      # a small one
+python benchmarks/optimizer_step.py                  # GPT-2's 148 tensors, 124 M parameters: needs 3 GB
+python benchmarks/optimizer_step.py --width 256      # a small one
 
 Prints one table: the median time of a step, its ratio to `AdamW(fused=True)` of the same round (median, and smallest to
 largest over the rounds), and the bytes of optimizer state a parameter.
