@@ -32,7 +32,7 @@ class StoSignSGD(LowPrecisionOptimizer):
 
     Args:
         params: parameters or param groups (float64, float32, bfloat16 or float16, dense).
-        lr: learning rate, >= 0; a number or a tensor of one element. About AdamW's best or up to twice as large.
+        lr: learning rate, >= 0; a number or a tensor of one element. Half of AdamW's best is a good start.
         betas: momentum :math:`\beta_1` in [0, 1) and decay of the envelope :math:`\beta_2` in (0, 1]. 1 is Algorithm
             3; below 1 it is StoSignSGDv2 (Algorithm 11).
         weight_decay: decoupled weight decay :math:`\lambda`, >= 0.
