@@ -70,7 +70,7 @@ def uniform_noise(key: int, numel: int, *, start: int = 0, device: torch.device 
     """
     noise = torch.empty(numel, dtype=torch.float32, device=device)
     for at, bits in _hashed_chunks(key, numel, start, noise.device):
-        # The upper 24 bits, then a one: (2k + 1) / 2**24 for k in [-2**23, 2**23).
+        # As noise_from_bits, in place.
         bits.bitwise_and_(-256).bitwise_or_(128)
         torch.mul(bits, 2.0**-31, out=noise[at : at + bits.numel()])
     return noise
@@ -91,6 +91,33 @@ def uniform_fraction(key: int, numel: int, *, start: int = 0, device: torch.devi
     return fraction
 
 
+def hash_bits(index: Tensor, key_low: Tensor, key_high: Tensor) -> Tensor:
+    """Return the int32 hashes of element indices: the same function out of place, for a compiler to fuse.
+
+    Args:
+        index: int32, the element index modulo 2**32.
+        key_low: int32, broadcast against it: the lower half of the :func:`segment_key`.
+        key_high: int32: the upper half.
+    """
+    return _lowbias32(_lowbias32(index ^ key_low) ^ key_high)
+
+
+def noise_from_bits(bits: Tensor) -> Tensor:
+    """Turn int32 hashes into noise: the upper 24 bits, then a one: (2k + 1) / 2**24 for k in [-2**23, 2**23)."""
+    return ((bits & -256) | 128).to(torch.float32) * 2.0**-31
+
+
+def segment_key(key: int, segment: int) -> int:
+    """Return the key of elements ``segment * 2**32`` and up, so that an element index may exceed 32 bits."""
+    return _splitmix64(key ^ segment)
+
+
+def signed32(word: int) -> int:
+    """Return the lower 32 bits as a signed number, for an int32 tensor."""
+    word &= _MASK32
+    return word - (1 << 32) if word >> 31 else word
+
+
 def _hashed_chunks(key: int, numel: int, start: int, device: torch.device) -> Iterator[tuple[int, Tensor]]:
     """Yield (position, int32 hashes) in chunks; the tensor is reused, so the caller must be done with it in between."""
     if numel == 0:
@@ -102,12 +129,11 @@ def _hashed_chunks(key: int, numel: int, start: int, device: torch.device) -> It
     while done < numel:
         high, low = divmod(start + done, 1 << 32)
         count = min(CHUNK, numel - done, (1 << 32) - low)
-        # The index's upper half goes into the key, so that an element index may exceed 32 bits.
-        segment = _splitmix64(key ^ high)
+        segment = segment_key(key, high)
         bits, scratch = buffers[0, :count], buffers[1, :count]
-        torch.add(counter[:count], _signed32(low), out=bits)
-        _lowbias32_(bits.bitwise_xor_(_signed32(segment)), scratch)
-        _lowbias32_(bits.bitwise_xor_(_signed32(segment >> 32)), scratch)
+        torch.add(counter[:count], signed32(low), out=bits)
+        _lowbias32_(bits.bitwise_xor_(signed32(segment)), scratch)
+        _lowbias32_(bits.bitwise_xor_(signed32(segment >> 32)), scratch)
         yield done, bits
         done += count
 
@@ -118,7 +144,15 @@ def _lowbias32_(x: Tensor, scratch: Tensor) -> Tensor:
         torch.bitwise_right_shift(x, shift, out=scratch)
         x.bitwise_xor_(scratch.bitwise_and_(_MASK32 >> shift))
         if multiplier is not None:
-            x.mul_(_signed32(multiplier))
+            x.mul_(signed32(multiplier))
+    return x
+
+
+def _lowbias32(x: Tensor) -> Tensor:
+    for shift, multiplier in ((16, 0x7FEB352D), (15, 0x846CA68B), (16, None)):
+        x = x ^ ((x >> shift) & (_MASK32 >> shift))
+        if multiplier is not None:
+            x = x * signed32(multiplier)
     return x
 
 
@@ -127,11 +161,6 @@ def _splitmix64(x: int) -> int:
     x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
     x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK64
     return x ^ (x >> 31)
-
-
-def _signed32(word: int) -> int:
-    word &= _MASK32
-    return word - (1 << 32) if word >> 31 else word
 
 
 @lru_cache(maxsize=32)

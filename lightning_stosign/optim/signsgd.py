@@ -80,7 +80,12 @@ class SignSGD(LowPrecisionOptimizer):
         momentum = group["momentum"]
         stored = StoredState(state, ("exp_avg",) if momentum else (), param, index, group)
 
+        if group["maximize"]:
+            grad = -grad
         # m_t = beta m_{t-1} + (1 - beta) g_t
-        m = stored.write("exp_avg", stored.read("exp_avg").lerp_(grad, 1 - momentum)) if momentum else grad
+        m = grad
+        if momentum:
+            m = stored.read("exp_avg")
+            m = stored.write("exp_avg", m.add_(grad.sub(m).mul_(1 - momentum)))
         # x_{t+1} = x_t - eta sign(m_t) - eta lambda x_t
         stored.update_param(param, m.sign(), group["lr"], group["weight_decay"])

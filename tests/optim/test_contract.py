@@ -309,7 +309,7 @@ def test_sparse_gradient_is_refused_by_name(cls):
         ({"weight_decay": float("nan")}, ValueError, "weight_decay=nan"),
         ({"state_precision": "fp7"}, ValueError, "state_precision='fp7' is unknown"),
         ({"state_precision": 8}, TypeError, "state_precision=8"),
-        ({"fused": True}, ValueError, "fused=True"),
+        ({"fused": "yes"}, ValueError, "fused='yes'"),
         ({"maximize": "no"}, ValueError, "maximize='no'"),
         ({"on_nonfinite": "ignore"}, ValueError, "on_nonfinite='ignore' is not supported; accepted: 'raise', 'skip'"),
     ],
@@ -336,3 +336,10 @@ def test_bad_argument_is_named(cls, arguments, error, message):
 def test_unsuitable_parameter_is_refused(cls, param):
     with pytest.raises(ValueError, match=r"params: a parameter of shape \[2(, 2)?\] (is sparse|has dtype)"):
         cls([param])
+
+
+def test_gradients_whose_sum_overflows_are_finite(cls):
+    x = nn.Parameter(torch.zeros(4))
+    x.grad = torch.full((4,), 3e38)
+    cls([x], 0.5).step()
+    assert torch.equal(x.detach(), torch.full((4,), -0.5))

@@ -1,0 +1,170 @@
+"""The compiled step: the eager step's bits, from one compilation."""
+
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.utils import counters
+from torch._inductor import cpp_builder
+from torch._inductor.exc import InvalidCxxCompiler
+
+from lightning_stosign import StoSignSGD
+from lightning_stosign.optim import fused, stosign
+
+# Compiled: of 1, 2 and 4 dimensions, with 2, 5, 6 and 256 rows. Eager: too small, and not a multiple of a row.
+SHAPES = [(512,), (5, 256), (8, 16, 4, 3), (256, 256), (256,), (3, 300), ()]
+OPTIONS = [{}, {"stochastic": False}, {"weight_decay": 0.1, "maximize": True, "betas": (0.95, 0.9)}]
+slow = pytest.mark.slow
+
+pytestmark = pytest.mark.filterwarnings("ignore:betas")
+
+
+def train(steps=12, **options):
+    torch.manual_seed(0)
+    params = [nn.Parameter(torch.randn(shape)) for shape in SHAPES]
+    optimizer = StoSignSGD(params, lr=1e-2, seed=3, **options)
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = 1e-2 / (step + 1)
+        for param in params:
+            param.grad = torch.randn(param.shape) * 10 ** (-step / 2)
+        optimizer.step()
+    return params, optimizer
+
+
+@pytest.mark.parametrize("options", [OPTIONS[0], *(pytest.param(o, marks=slow) for o in OPTIONS[1:])])
+@pytest.mark.parametrize(
+    "precision",
+    [
+        *(None, "fp8", "fp8-block"),
+        *(pytest.param(p, marks=slow) for p in ("bfloat16", "float16", "fp8-raw:static_scale=1024")),
+        pytest.param("fp8:dtype=float8_e5m2", marks=slow),
+    ],
+)
+def test_compiled_and_eager_steps_have_the_same_bits(precision, options):
+    (a, one), (b, other) = (train(state_precision=precision, fused=f, **options) for f in (True, False))
+    for p, q in zip(a, b, strict=True):
+        assert torch.equal(p, q), p.shape
+        assert one.state[p].keys() == other.state[q].keys()
+        for name, value in one.state[p].items():
+            assert value.dtype == other.state[q][name].dtype
+            assert torch.equal(value.double(), other.state[q][name].double()), (name, p.shape)
+
+
+def test_tensor_lr_gives_the_same_bits():
+    results = []
+    for use_compiler in (True, False):
+        x = nn.Parameter(torch.ones(4, 256))
+        optimizer = StoSignSGD([x], torch.tensor(0.3), weight_decay=0.1, fused=use_compiler)
+        for seed in range(3):
+            x.grad = torch.randn(4, 256, generator=torch.Generator().manual_seed(seed))
+            optimizer.step()
+        results.append(x)
+    assert torch.equal(*results)
+
+
+def test_one_compilation_serves_all_shapes_steps_and_learning_rates():
+    train(fused=True)
+    before = counters["stats"]["unique_graphs"]
+    train(fused=True)
+    x = nn.Parameter(torch.ones(77, 256))
+    x.grad = torch.ones(77, 256)
+    StoSignSGD([x], lr=0.123, betas=(0.8, 0.99), weight_decay=0.3, fused=True).step()
+    assert counters["stats"]["unique_graphs"] == before
+
+
+def test_a_run_goes_on_alike_when_the_path_changes():
+    params, optimizer = train(steps=3, fused=True)
+    others = [nn.Parameter(p.detach().clone()) for p in params]
+    eager = StoSignSGD(others, seed=3)
+    eager.load_state_dict(optimizer.state_dict())
+    eager.param_groups[0]["fused"] = False
+    for p, q in zip(params, others, strict=True):
+        p.grad = torch.ones_like(p)
+        q.grad = torch.ones_like(q)
+    optimizer.step()
+    eager.step()
+    assert all(torch.equal(p, q) for p, q in zip(params, others, strict=True))
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        lambda t: t.t().contiguous().t(),
+        lambda t: t[:, ::2],
+        lambda t: torch.cat([t, t])[2:10],  # an offset into its storage, but in order
+    ],
+    ids=["transposed", "strided", "offset"],
+)
+def test_parameter_of_any_layout_gets_the_same_update(layout):
+    start = torch.randn(8, 512, generator=torch.Generator().manual_seed(0))
+    results = []
+    for use_compiler in (True, False):
+        x = nn.Parameter(layout(start.clone()))
+        optimizer = StoSignSGD([x], 0.1, fused=use_compiler)
+        for seed in range(2):
+            x.grad = torch.randn(x.shape, generator=torch.Generator().manual_seed(seed))
+            optimizer.step()
+        results.append(x)
+    assert torch.equal(*results)
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Which parameters took the compiled path."""
+    shapes = []
+
+    def record(param, *args, **kwargs):
+        shapes.append(tuple(param.shape))
+        return fused.stosign_step(param, *args, **kwargs)
+
+    monkeypatch.setattr(stosign, "stosign_step", record)
+    return shapes
+
+
+def test_parameters_that_fit_are_compiled_and_the_others_are_not(calls):
+    train(steps=1, fused=True)
+    assert calls == SHAPES[:4]
+
+
+@pytest.mark.parametrize("precision", ["fp8-block", "fp8:stochastic_rounding=true"])
+def test_precisions_without_a_kernel_are_eager(calls, precision):
+    train(steps=1, fused=True, state_precision=precision)
+    assert calls == []
+
+
+def test_by_default_only_what_is_worth_it_is_compiled(calls, monkeypatch):
+    train(steps=1)
+    assert calls == []
+    monkeypatch.setattr(stosign, "WORTH_COMPILING", 60_000)
+    train(steps=1)
+    assert calls == SHAPES[:4]
+
+
+def test_without_a_compiler_the_step_is_eager_and_warns_once(calls, monkeypatch, tmp_path):
+    def no_compiler(*args):
+        raise InvalidCxxCompiler()
+
+    # What is compiled already does not need one.
+    torch._dynamo.reset()
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(cpp_builder, "get_cpp_compiler", no_compiler)
+    fused.has_compiler.cache_clear()
+    try:
+        with pytest.warns(UserWarning, match="No compiler for the fused step"):
+            train(steps=1, fused=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            train(steps=1, fused=True)
+    finally:
+        fused.has_compiler.cache_clear()
+    assert calls == []
+
+
+def test_nonfinite_gradient_touches_nothing():
+    params, optimizer = train(steps=2, fused=True)
+    before = [p.detach().clone() for p in params]
+    params[0].grad[3] = float("inf")
+    with pytest.raises(RuntimeError, match="is not finite"):
+        optimizer.step()
+    assert all(torch.equal(p, q) for p, q in zip(params, before, strict=True))
