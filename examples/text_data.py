@@ -6,6 +6,7 @@ next one to see exactly the batches it would have seen.
 
 import math
 import sysconfig
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from glob import glob
 from itertools import count
@@ -139,7 +140,7 @@ def read_tokens(argument: str, patterns: list[str]) -> NDArray:
     return np.memmap(files[0], dtype="<u2", mode="r")
 
 
-class Windows(Dataset[Tensor]):
+class Windows(Dataset[Tensor], ABC):
     """Windows of `context + 1` tokens, gathered a batch at a time; a subclass says where a window starts."""
 
     def __init__(self, tokens: NDArray, context: int, vocab_size: int) -> None:
@@ -162,8 +163,8 @@ class Windows(Dataset[Tensor]):
             raise ValueError(f"vocab_size must be greater than every token, got {self.vocab_size} and token {largest}")
         return torch.from_numpy(batch)
 
-    def starts(self, indices: NDArray[np.uint64]) -> NDArray[np.uint64]:
-        raise NotImplementedError
+    @abstractmethod
+    def starts(self, indices: NDArray[np.uint64]) -> NDArray[np.uint64]: ...
 
 
 class TrainingWindows(Windows):

@@ -24,6 +24,7 @@ class LowPrecisionOptimizer(Optimizer, ABC):
     """
 
     _fused_choices: tuple[bool | None, ...] = (None, False)
+    _numel: int  # values that this step updates
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
         if defaults["state_precision"] is not None:
@@ -86,6 +87,7 @@ class LowPrecisionOptimizer(Optimizer, ABC):
             with torch.enable_grad():
                 loss = closure()
         updates = list(self._params_with_grad())
+        self._numel = sum(param.numel() for _, param, _ in updates)
         if self._gradients_are_finite(updates):
             for index, param, group in updates:
                 grad = param.grad.to(torch.promote_types(param.dtype, torch.float32))  # type: ignore[union-attr]

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from lightning_stosign.optim._base import LowPrecisionOptimizer, StoredState, check_beta, check_choice
-from lightning_stosign.optim.fused import ROW, WORTH_COMPILING, can_fuse, has_compiler, stosign_step
+from lightning_stosign.optim.fused import WORTH_COMPILING, can_fuse, has_compiler, stosign_step
 from lightning_stosign.optim.noise import Stream, uniform_noise
 from lightning_stosign.optim.state_precision import StatePrecision
 
@@ -152,8 +152,7 @@ class StoSignSGD(LowPrecisionOptimizer):
         """Return whether the group's ``fused`` asks for a compiled step of a parameter on this machine."""
         wanted = group["fused"]
         if wanted is None:
-            sizes = (p.numel() for other in self.param_groups for p in other["params"])
-            wanted = param.device.type == "cpu" and param.numel() >= 2 * ROW and sum(sizes) >= WORTH_COMPILING
+            wanted = param.device.type == "cpu" and self._numel >= WORTH_COMPILING
         return wanted and has_compiler()
 
 
