@@ -13,9 +13,9 @@ from collections.abc import Callable
 
 import torch
 from jsonargparse import auto_cli
-from torch import Tensor, nn
+from torch import nn
 
-from lightning_stosign import SignSGD, StoSignSGD
+from lightning_stosign import SignSGD, StoSignSGD, state_bytes
 
 BASELINE = "AdamW(fused=True)"
 OPTIMIZERS: dict[str, Callable[[list[nn.Parameter]], torch.optim.Optimizer]] = {
@@ -41,15 +41,6 @@ def gpt2_shapes(layers: int, width: int) -> list[tuple[int, ...]]:
     block = [*norm, (3 * width, width), (3 * width,), (width, width), (width,)]
     block += [*norm, (4 * width, width), (4 * width,), (width, 4 * width), (width,)]
     return [(50257, width), (1024, width), *block * layers, *norm]
-
-
-def state_bytes(optimizer: torch.optim.Optimizer) -> int:
-    return sum(
-        value.numel() * value.element_size()
-        for state in optimizer.state.values()
-        for name, value in state.items()
-        if isinstance(value, Tensor) and name != "step"
-    )
 
 
 def benchmark(layers: int = 12, width: int = 768, rounds: int = 5, device: str = "cpu") -> None:

@@ -4,6 +4,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from lightning_stosign.optim.noise import uniform_fraction
 from lightning_stosign.optim.state_precision import StatePrecision
@@ -94,6 +95,28 @@ def init_state(state: dict[str, Any], name: str, param: Tensor, precision: State
     if precision is not None and precision.scaling != "none":
         shape = () if precision.scaling == "tensor" else (-(-param.numel() // precision.block_size),)
         state[name + SCALE_SUFFIX] = torch.ones(shape, dtype=torch.float32, device=param.device)
+
+
+def state_bytes(optimizer: Optimizer) -> int:
+    """Return the memory that an optimizer's states take, in bytes: all tensors, scales included, but the step counts.
+
+    Args:
+        optimizer: any torch optimizer; states exist from its first step on.
+
+    Example:
+        >>> x = torch.nn.Parameter(torch.ones(1024))
+        >>> optimizer = torch.optim.AdamW([x])
+        >>> x.grad = torch.ones(1024)
+        >>> optimizer.step()
+        >>> state_bytes(optimizer)
+        8192
+    """
+    return sum(
+        value.numel() * value.element_size()
+        for state in optimizer.state.values()
+        for name, value in state.items()
+        if isinstance(value, Tensor) and name != "step"
+    )
 
 
 def power_of_two_scale(amax: Tensor, largest: float) -> Tensor:
