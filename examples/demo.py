@@ -109,8 +109,8 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
         limits, counts = r["log10_momentum"]
         axis = axes[1 + list(colors).index(r["optimizer"])]
         axis.bar(limits, [count / sum(counts) for count in counts], width=-0.25, align="edge", color=color)
+        axis.set_title(f"{title_of(r)}: up to {r['zero_fraction']:.0%} of {r['denominator']} is 0", fontsize="medium")
         axis.set(
-            title=f"{title_of(r)}: up to {r['zero_fraction']:.0%} of {r['denominator']} is 0",
             xlabel="log10 |m|, FP8 states, last step",
             ylabel="share of the nonzero entries",
             xlim=(-7, -1),
@@ -118,7 +118,7 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
     axes[0].set(
         yscale="log", xlabel="step", ylabel="training loss", title="GPT in FP8 on the standard library's source"
     )
-    axes[0].legend(loc="upper right", fontsize="small")
+    axes[0].legend(loc="center right", fontsize="small")
     figure.savefig(path, dpi=120)
 
 
