@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import Optimizer, ParamsT, StateDict
 
 from lightning_stosign.optim.noise import Stream, noise_key
-from lightning_stosign.optim.state_precision import StatePrecision
+from lightning_stosign.optim.state_precision import FLOAT32, StatePrecision
 from lightning_stosign.optim.storage import init_state, read_state, round_stochastically, write_state
 
 
@@ -197,7 +197,7 @@ class StoredState:
                 init_state(state, name, param, precision)
         state["step"] += 1
         self._state = state
-        self.precision = precision or StatePrecision(torch.float32)
+        self.precision = precision or FLOAT32
         self._compute_dtype = torch.promote_types(param.dtype, torch.float32)
         self._seed, self._step, self._index = group.get("seed", 0), int(state["step"]), index
 
@@ -250,6 +250,12 @@ def check_lr(lr: Any) -> None:
             raise ValueError(f"lr of shape {list(lr.shape)} must be a number or a tensor with one element")
         lr = lr.item()
     check_number("lr", lr)
+
+
+def check_pair(name: str, value: Any) -> None:
+    """Raise TypeError unless ``value`` is a tuple or list of two."""
+    if not isinstance(value, (tuple, list)) or len(value) != 2:
+        raise TypeError(f"{name}={value!r} must be a pair of numbers")
 
 
 def check_beta(name: str, value: Any, *, one: bool = False) -> None:

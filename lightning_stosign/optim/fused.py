@@ -162,7 +162,7 @@ def _new_scales(
     """
     if precision.scaling == "none":
         scale = 1 / precision.static_scale
-        return torch.tensor([scale] * 4 + [precision.static_scale] * 2, device=param.device)
+        return torch.tensor([scale] * 4 + [precision.static_scale] * 2, dtype=torch.float32, device=param.device)
     old = torch.stack([state["exp_avg" + SCALE_SUFFIX], state["exp_inf" + SCALE_SUFFIX]])
     largest = torch.finfo(precision.dtype).max
     count = param.numel() // ROW

@@ -8,7 +8,7 @@ import torch
 from torch.optim import AdamW, Muon
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from lightning_stosign.optim._base import check_beta, check_choice, check_lr, check_number
+from lightning_stosign.optim._base import check_beta, check_choice, check_lr, check_number, check_pair
 
 
 class MuonAdamW(Optimizer):
@@ -94,8 +94,7 @@ def _check_group(group: dict[str, Any]) -> None:
     """Raise unless a group's options are in range: torch's optimizers check only the defaults they are given."""
     check_lr(group["lr"])
     check_number("weight_decay", group["weight_decay"])
-    if not isinstance(group["betas"], (tuple, list)) or len(group["betas"]) != 2:
-        raise TypeError(f"betas={group['betas']!r} must be a pair of numbers")
+    check_pair("betas", group["betas"])
     for i, beta in enumerate(group["betas"]):
         check_beta(f"betas[{i}]", beta)
     check_choice("use_muon", group["use_muon"], (True, False))

@@ -17,6 +17,8 @@ from torch import Tensor
 # Elements hashed at a time: 1 MiB of int32, so that the two dozen passes of the mixer stay in the cache.
 CHUNK = 1 << 18
 
+_LOWBIAS32 = ((16, 0x7FEB352D), (15, 0x846CA68B), (16, None))  # shift, multiplier of each round
+
 _MASK32 = (1 << 32) - 1
 _MASK64 = (1 << 64) - 1
 
@@ -140,7 +142,7 @@ def _hashed_chunks(key: int, numel: int, start: int, device: torch.device) -> It
 
 def _lowbias32_(x: Tensor, scratch: Tensor) -> Tensor:
     """Mix int32 ``x`` in place; torch's ``>>`` is arithmetic, so each shift is masked to make it logical."""
-    for shift, multiplier in ((16, 0x7FEB352D), (15, 0x846CA68B), (16, None)):
+    for shift, multiplier in _LOWBIAS32:
         torch.bitwise_right_shift(x, shift, out=scratch)
         x.bitwise_xor_(scratch.bitwise_and_(_MASK32 >> shift))
         if multiplier is not None:
@@ -149,7 +151,8 @@ def _lowbias32_(x: Tensor, scratch: Tensor) -> Tensor:
 
 
 def _lowbias32(x: Tensor) -> Tensor:
-    for shift, multiplier in ((16, 0x7FEB352D), (15, 0x846CA68B), (16, None)):
+    """Mix int32 ``x`` out of place."""
+    for shift, multiplier in _LOWBIAS32:
         x = x ^ ((x >> shift) & (_MASK32 >> shift))
         if multiplier is not None:
             x = x * signed32(multiplier)

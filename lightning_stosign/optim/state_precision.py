@@ -112,8 +112,10 @@ class StatePrecision:
         return f"{name}:{options}" if options else name
 
 
+FLOAT32 = StatePrecision(torch.float32)
+
 _PRESETS = {
-    "float32": StatePrecision(torch.float32),
+    "float32": FLOAT32,
     "bfloat16": StatePrecision(torch.bfloat16),
     "float16": StatePrecision(torch.float16),
     "fp8": StatePrecision(torch.float8_e4m3fn, "tensor"),

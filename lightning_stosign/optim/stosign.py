@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from lightning_stosign.optim._base import LowPrecisionOptimizer, StoredState, check_beta, check_choice
+from lightning_stosign.optim._base import LowPrecisionOptimizer, StoredState, check_beta, check_choice, check_pair
 from lightning_stosign.optim.fused import WORTH_COMPILING, can_fuse, has_compiler, stosign_step
 from lightning_stosign.optim.noise import Stream, uniform_noise
 from lightning_stosign.optim.state_precision import StatePrecision
@@ -102,8 +102,7 @@ class StoSignSGD(LowPrecisionOptimizer):
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
         betas = group["betas"]
-        if not isinstance(betas, (tuple, list)) or len(betas) != 2:
-            raise TypeError(f"betas={betas!r} must be a pair of numbers")
+        check_pair("betas", betas)
         check_beta("betas[0]", betas[0])
         check_beta("betas[1]", betas[1], one=True)
         check_choice("stochastic", group["stochastic"], (True, False))
