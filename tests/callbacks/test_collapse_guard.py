@@ -1,3 +1,4 @@
+import atexit
 import re
 import warnings
 
@@ -354,6 +355,9 @@ class WriteStep(pl.Callback):
 
     def on_train_end(self, trainer, pl_module):
         (self.folder / f"rank{trainer.global_rank}").write_text(str(trainer.global_step))
+
+        # Lightning leaves gloo's group to the interpreter's end, where its threads now and then abort the process.
+        atexit.register(torch.distributed.destroy_process_group)
 
 
 @pytest.mark.slow

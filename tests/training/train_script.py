@@ -83,6 +83,9 @@ def main() -> None:
     )
     trainer.fit(net, DataLoader(data, batch_size=8), ckpt_path=args.resume, weights_only=True)
     torch.save({"weights": net.state_dict(), "losses": net.losses}, args.folder / f"rank{trainer.global_rank}.pt")
+    if args.devices > 1:
+        # Lightning leaves gloo's group to the interpreter's end, where its threads now and then abort the process.
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
