@@ -12,10 +12,10 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lightning_stosign.callbacks._logging_gate import check_every_n_steps, is_due, record_step
+from lightning_stosign.health.forecast import check_format
 from lightning_stosign.health.readers import read_moments
 from lightning_stosign.health.snapshot import Snapshot, parameters_of
 from lightning_stosign.health.statistics import log10_bin_edges
-from lightning_stosign.optim.state_precision import StatePrecision
 
 PREFIX = "optimizer_state"
 
@@ -85,7 +85,7 @@ class OptimizerStateMonitor(Callback):
             if isinstance(value, str) or not (isinstance(value, Sequence) or optional):
                 raise TypeError(f"{name}={value!r} must be a list of strings")
         for format_name in forecast:
-            StatePrecision.parse(format_name)
+            check_format(format_name)
         self.every_n_steps = every_n_steps
         self.per_layer = per_layer
         self.histograms = histograms

@@ -1,22 +1,34 @@
 """What the numbers of an optimizer's state mean."""
 
+from lightning_stosign.health.forecast import (
+    Share,
+    check_format,
+    nominal_change,
+    stalled_fraction,
+    stored_values,
+    underflow_fraction,
+)
 from lightning_stosign.health.readers import Moments, UpdateRule, read_moments, register_update_rule
 from lightning_stosign.health.statistics import (
     coordinate_health,
     log10_histogram,
     noise_intensity,
     state_statistics,
-    underflow_fraction,
 )
 
 __all__ = [
     "Moments",
+    "Share",
     "UpdateRule",
+    "check_format",
     "coordinate_health",
     "log10_histogram",
     "noise_intensity",
+    "nominal_change",
     "read_moments",
     "register_update_rule",
+    "stalled_fraction",
     "state_statistics",
+    "stored_values",
     "underflow_fraction",
 ]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_stosign.health.forecast import underflow_fraction
 from lightning_stosign.health.readers import Moments, read_moments
 from lightning_stosign.health.statistics import (
     abs_max,
@@ -17,10 +18,8 @@ from lightning_stosign.health.statistics import (
     noise_intensity,
     square_sum,
     state_statistics,
-    underflow_fraction,
 )
 from lightning_stosign.optim.emulation import state_degree
-from lightning_stosign.optim.state_precision import StatePrecision
 
 
 class Tally(NamedTuple):
@@ -46,7 +45,7 @@ class Snapshot:
     """
 
     def __init__(self, forecast: Iterable[str] = (), histograms: bool = False) -> None:
-        self._forecast = {name: StatePrecision.parse(name) for name in forecast}
+        self._forecast = tuple(forecast)
         self._with_histograms = histograms
         self._tallies: dict[str, dict[str, Tally]] = defaultdict(dict)
         self._histograms: dict[str, dict[str, Tensor]] = defaultdict(dict)
@@ -71,8 +70,8 @@ class Snapshot:
             self._tallies[f"zero_fraction/{name}"][layer] = Tally("mean", statistics.zeros, size)
             self._tallies[f"abs_max/{name}"][layer] = Tally("max", statistics.abs_max)
             self._tallies[f"rms/{name}"][layer] = Tally("rms", statistics.square_sum, size)
-            for label, precision in self._forecast.items():
-                lost, nonzero = underflow_fraction(value, precision, state_degree(name))
+            for label in self._forecast:
+                lost, nonzero = underflow_fraction(value, label, state_degree(name))
                 self._tallies[f"underflow_fraction/{name}/{label}"][layer] = Tally("mean", lost, nonzero)
             if self._with_histograms:
                 self._histograms[f"log10_abs/{name}"][layer] = log10_histogram(value)

@@ -9,9 +9,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_stosign.optim.emulation import as_stored
-from lightning_stosign.optim.state_precision import StatePrecision
-
 # Edges of the log10 histograms: a quarter of a decade each, over what float32 can hold.
 LOG10_MIN, LOG10_MAX, LOG10_BINS = -45.0, 39.0, 336
 
@@ -23,7 +20,8 @@ def _sum_dtype(value: Tensor) -> torch.dtype:
     return torch.float32 if value.device.type == "mps" else torch.float64
 
 
-def _count(mask: Tensor) -> Tensor:
+def count(mask: Tensor) -> Tensor:
+    """Return the number of True entries, exactly."""
     return mask.sum().to(_sum_dtype(mask))
 
 
@@ -45,7 +43,7 @@ def state_statistics(value: Tensor) -> StateStatistics:
         >>> [float(x) for x in state_statistics(torch.tensor([0.0, 3.0, -4.0]))]
         [1.0, 4.0, 25.0]
     """
-    return StateStatistics(zeros=_count(value == 0), abs_max=abs_max(value), square_sum=square_sum(value))
+    return StateStatistics(zeros=count(value == 0), abs_max=abs_max(value), square_sum=square_sum(value))
 
 
 def abs_max(value: Tensor) -> Tensor:
@@ -56,23 +54,6 @@ def abs_max(value: Tensor) -> Tensor:
 def square_sum(value: Tensor) -> Tensor:
     """Return the sum of squares, which for second moments below 1e-19 would underflow in float32."""
     return torch.linalg.vector_norm(value, dtype=_sum_dtype(value)).square()
-
-
-def underflow_fraction(value: Tensor, precision: StatePrecision, degree: int = 1) -> tuple[Tensor, Tensor]:
-    """Return how many nonzero entries a format would store as 0, and how many nonzero entries there are.
-
-    Args:
-        value: the state, float32.
-        precision: the format, rounding to nearest.
-        degree: the power of the gradient's scale that the state is proportional to, for a static scale.
-
-    Example:
-        >>> [int(n) for n in underflow_fraction(torch.tensor([0.0, 1.0, 1e-4]), StatePrecision.parse("fp8-raw"))]
-        [1, 2]
-    """
-    nonzero = value != 0
-    lost = nonzero & (as_stored(value, precision, degree) == 0)
-    return _count(lost), _count(nonzero)
 
 
 class CoordinateHealth(NamedTuple):
@@ -100,8 +81,8 @@ def coordinate_health(numerator: Tensor, denominator: Tensor) -> CoordinateHealt
     no_denominator = denominator == 0
     no_numerator = numerator == 0
     return CoordinateHealth(
-        dead=_count(no_denominator & no_numerator),
-        exploding=_count(no_denominator & ~no_numerator),
+        dead=count(no_denominator & no_numerator),
+        exploding=count(no_denominator & ~no_numerator),
     )
 
 
@@ -128,7 +109,7 @@ def noise_intensity(numerator: Tensor, envelope: Tensor) -> NoiseIntensity:
     """
     moves = envelope > 0
     u = torch.where(moves, numerator / envelope, 0.0)
-    moving = _count(moves)
+    moving = count(moves)
     return NoiseIntensity(
         variance=moving - square_sum(u),
         agreement=(moving + u.abs().sum(dtype=_sum_dtype(u))) / 2,

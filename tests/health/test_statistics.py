@@ -5,13 +5,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from lightning_stosign import StatePrecision
 from lightning_stosign.health import (
     coordinate_health,
     log10_histogram,
     noise_intensity,
     state_statistics,
-    underflow_fraction,
 )
 from lightning_stosign.health.statistics import LOG10_BINS, LOG10_MAX, LOG10_MIN, abs_max, log10_bin_edges, square_sum
 
@@ -102,40 +100,6 @@ def test_noise_intensity_sums_variance_and_agreement_over_the_moving(magnitudes)
     np.testing.assert_allclose(
         [x.item() for x in noise], [(1 - u**2).sum(), ((1 + np.abs(u)) / 2).sum(), moves.sum()], rtol=1e-6, atol=1e-6
     )
-
-
-FORECASTS = {
-    "fp8-raw": lambda x: 2.0**-10,  # half of E4M3's smallest number, 2**-9, is a tie and goes to the even 0
-    "fp8-raw:dtype=float8_e5m2": lambda x: 2.0**-17,
-    "float16": lambda x: 2.0**-25,
-    "fp8-raw:static_scale=1024": lambda x: 2.0**-20,
-    # scale: the smallest power of two s with amax / s <= 448
-    "fp8": lambda x: 2.0**-10 * 2.0 ** np.ceil(np.log2(np.abs(x).max() / 448)),
-}
-
-
-@pytest.mark.parametrize("name", FORECASTS)
-@given(hnp.arrays(np.float32, 20, elements=st.floats(-(2.0**8), 2.0**8, width=32)))
-def test_underflow_counts_the_nonzero_entries_at_most_half_the_smallest_number(name, values):
-    # By size, so that hypothesis' values, mostly around 1, meet every format's smallest number.
-    values = (values * np.float32(10.0) ** np.arange(-12, 8).clip(max=0)).astype(np.float32)
-    values[0] = 256.0
-    threshold = FORECASTS[name](values.astype(float))
-    lost, nonzero = underflow_fraction(tensor(values), StatePrecision.parse(name))
-    expected = np.count_nonzero((values != 0) & (np.abs(values.astype(float)) <= threshold))
-    assert (lost.item(), nonzero.item()) == (expected, np.count_nonzero(values))
-
-
-@pytest.mark.parametrize(("degree", "lost"), [(0, 3), (1, 2), (2, 1)])
-def test_underflow_applies_the_static_scale_by_the_degree_of_the_state(degree, lost):
-    values = torch.tensor([1.0, 2.0**-10, 2.0**-15, 2.0**-21])
-    assert underflow_fraction(values, StatePrecision.parse("fp8-raw:static_scale=32"), degree)[0].item() == lost
-
-
-def test_underflow_changes_no_state():
-    values = torch.tensor([1.0, 1e-6])
-    underflow_fraction(values, StatePrecision.parse("fp8-raw"))
-    assert torch.equal(values, torch.tensor([1.0, 1e-6]))
 
 
 def test_bin_edges_are_quarter_decades_from_minus_45_to_39():
