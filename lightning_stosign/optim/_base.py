@@ -16,26 +16,21 @@ from lightning_stosign.optim.state_precision import FLOAT32, StatePrecision
 from lightning_stosign.optim.storage import init_state, read_state, round_stochastically, write_state
 
 
-class LowPrecisionOptimizer(Optimizer, ABC):
-    """Base of the optimizers that store their states by a :class:`StatePrecision`.
+class StrictOptimizer(Optimizer, ABC):
+    """Base of the package's optimizers: refuses bad options and gradients, and loads a state as it was saved.
 
     A subclass implements :meth:`_check_group` and :meth:`_step_param`. All options live in the param groups, as plain
     values, so that pickling, deepcopy and ``torch.load(weights_only=True)`` keep them.
     """
 
-    _fused_choices: tuple[bool | None, ...] = (None, False)
     _numel: int  # values that this step updates
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
-        if defaults["state_precision"] is not None:
-            defaults["state_precision"] = str(StatePrecision.parse(defaults["state_precision"]))
         self._check_group(defaults)
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a param group, as in torch.optim; its options and parameters are checked."""
-        if param_group.get("state_precision") is not None:
-            param_group["state_precision"] = str(StatePrecision.parse(param_group["state_precision"]))
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
@@ -51,8 +46,6 @@ class LowPrecisionOptimizer(Optimizer, ABC):
         check_number("weight_decay", group["weight_decay"])
         check_lr(group["lr"])
         check_choice("on_nonfinite", group["on_nonfinite"], ("raise", "skip"))
-        check_choice("maximize", group["maximize"], (True, False))
-        check_choice("fused", group["fused"], self._fused_choices)
 
     @abstractmethod
     def _step_param(
@@ -172,6 +165,28 @@ class LowPrecisionOptimizer(Optimizer, ABC):
             for option, value in self.defaults.items():
                 if option != "differentiable":  # torch's own, of no use here
                     group.setdefault(option, value)
+
+
+class LowPrecisionOptimizer(StrictOptimizer):
+    """Base of the optimizers that store their states by a :class:`StatePrecision`."""
+
+    _fused_choices: tuple[bool | None, ...] = (None, False)
+
+    def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
+        if defaults["state_precision"] is not None:
+            defaults["state_precision"] = str(StatePrecision.parse(defaults["state_precision"]))
+        super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a param group, as in torch.optim; its options and parameters are checked."""
+        if param_group.get("state_precision") is not None:
+            param_group["state_precision"] = str(StatePrecision.parse(param_group["state_precision"]))
+        super().add_param_group(param_group)
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        super()._check_group(group)
+        check_choice("maximize", group["maximize"], (True, False))
+        check_choice("fused", group["fused"], self._fused_choices)
 
 
 class StoredState:
