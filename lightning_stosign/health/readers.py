@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from lightning_stosign.optim.emulation import is_moment
 from lightning_stosign.optim.signsgd import SignSGD
-from lightning_stosign.optim.state_precision import FLOAT32, StatePrecision
+from lightning_stosign.optim.state_precision import FLOAT32, StatePrecision, precision_of
 from lightning_stosign.optim.storage import SCALE_SUFFIX, read_state
 from lightning_stosign.optim.stosign import StoSignSGD
 
@@ -144,8 +144,7 @@ def read_moments(optimizer: Optimizer, param: Tensor, group: Mapping[str, Any]) 
             f"a parameter of shape {list(param.shape)} is sharded (DTensor); accepted: unsharded parameters"
         )
     state = optimizer.state.get(param, {})
-    spec = group.get("state_precision")
-    precision = StatePrecision.parse(spec) if spec is not None else FLOAT32
+    precision = precision_of(state, group) or FLOAT32
     names = [name for name, value in state.items() if is_moment(name, value, param) and not _is_scale(name, state)]
     states = {name: _in_float32(_read(state, name, precision)) for name in names}
 

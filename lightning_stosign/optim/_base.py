@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import Optimizer, ParamsT, StateDict
 
 from lightning_stosign.optim.noise import Stream, noise_key
-from lightning_stosign.optim.state_precision import FLOAT32, StatePrecision
+from lightning_stosign.optim.state_precision import FLOAT32, StatePrecision, precision_of
 from lightning_stosign.optim.storage import init_state, read_state, round_stochastically, write_state
 
 
@@ -190,7 +190,7 @@ class LowPrecisionOptimizer(StrictOptimizer):
 
 
 class StoredState:
-    """One parameter's state during a step: counts the step, reads and writes states in the group's precision.
+    """One parameter's state during a step: counts the step, reads and writes states in its precision.
 
     Args:
         state: the parameter's entry in ``optimizer.state``; filled with zeros when it is empty.
@@ -203,8 +203,7 @@ class StoredState:
     def __init__(
         self, state: dict[str, Any], names: tuple[str, ...], param: Tensor, index: int, group: dict[str, Any]
     ) -> None:
-        spec = group["state_precision"]
-        precision = None if spec is None else StatePrecision.parse(spec)
+        precision = precision_of(state, group)
         if not state:
             # int64: exact beyond float32's 2**24 steps. On the CPU, where reading it costs no synchronisation.
             state["step"] = torch.zeros((), dtype=torch.int64)

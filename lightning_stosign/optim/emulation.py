@@ -7,7 +7,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lightning_stosign.optim._base import LowPrecisionOptimizer
-from lightning_stosign.optim.state_precision import StatePrecision
+from lightning_stosign.optim.state_precision import StatePrecision, precision_of
 from lightning_stosign.optim.storage import dequantize, quantize
 
 # How a state scales when all gradients are multiplied by s: by s ** degree; 1 where it is not listed.
@@ -78,9 +78,10 @@ def emulate_state_precision(optimizer: Optimizer, precision: StatePrecision | st
 
     def round_states(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         for param, state in optimizer.state.items():
+            own = precision_of(state, {}) or precision
             for name, value in state.items():
                 if is_moment(name, value, param) and value.numel() > 0:
-                    value.copy_(as_stored(value, precision, state_degree(name)))
+                    value.copy_(as_stored(value, own, state_degree(name)))
 
     return optimizer.register_step_post_hook(round_states)
 

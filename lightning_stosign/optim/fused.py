@@ -42,7 +42,7 @@ def can_fuse(param: Tensor, state: dict[str, Any], precision: StatePrecision) ->
         and param.dtype == grad.dtype == torch.float32
         and param.numel() % ROW == 0
         and param.numel() >= 2 * ROW
-        and all(tensor.is_contiguous() for tensor in (param, grad, *state.values()) if tensor.dim() > 0)
+        and all(t.is_contiguous() for t in (param, grad, *state.values()) if isinstance(t, Tensor) and t.dim() > 0)
         and precision.scaling != "block"
         and not precision.stochastic_rounding
     )

@@ -1,6 +1,7 @@
 """How an optimizer state is stored: dtype, scaling and rounding, as a value with a name."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from typing import Any, Literal
@@ -113,6 +114,25 @@ class StatePrecision:
 
 
 FLOAT32 = StatePrecision(torch.float32)
+
+# In a parameter's state, its own precision: the name as bytes, which torch's load_state_dict keeps (not so a str).
+OVERRIDE = "state_precision"
+
+
+def precision_of(state: Mapping[str, Any], group: Mapping[str, Any]) -> StatePrecision | None:
+    """Return how one parameter's states are stored: as the parameter's own state says, else as its group does.
+
+    Args:
+        state: the parameter's entry in ``optimizer.state``.
+        group: its param group.
+
+    Returns:
+        The precision; None where neither says, so states are stored as the step computes them.
+    """
+    override = state.get(OVERRIDE)
+    spec = group.get("state_precision") if override is None else override.decode()
+    return None if spec is None else StatePrecision.parse(spec)
+
 
 _PRESETS = {
     "float32": FLOAT32,
