@@ -19,17 +19,17 @@ class Share(NamedTuple):
     """Some out of many: 0-dimensional tensors that add up over layers.
 
     Attributes:
-        count: how many.
-        total: out of how many.
+        part: how many.
+        whole: out of how many.
     """
 
-    count: Tensor
-    total: Tensor
+    part: Tensor
+    whole: Tensor
 
     @property
     def fraction(self) -> Tensor:
-        """``count / total``; 0 of 0 is 0."""
-        return self.count / self.total.clamp(min=1)
+        """``part / whole``; 0 of 0 is 0."""
+        return self.part / self.whole.clamp(min=1)
 
 
 def check_format(format: Format) -> None:

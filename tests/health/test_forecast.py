@@ -79,7 +79,7 @@ def test_underflow_equals_what_a_real_state_loses(name):
     values = states_like_adam_s()
     gone = (really_stored(values, name) == 0) & (values != 0)
     share = underflow_fraction(values, name)
-    assert (share.count.item(), share.total.item()) == (gone.sum().item(), (values != 0).sum().item())
+    assert (share.part.item(), share.whole.item()) == (gone.sum().item(), (values != 0).sum().item())
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -90,11 +90,11 @@ def test_stalls_equal_what_a_real_state_does_not_take_up(name):
     after = really_stored(before + change, name)
     stuck = (before == after) & (change != 0)
     share = stalled_fraction(values, change, name)
-    assert (share.count.item(), share.total.item()) == (stuck.sum().item(), (change != 0).sum().item())
+    assert (share.part.item(), share.whole.item()) == (stuck.sum().item(), (change != 0).sum().item())
 
 
 def test_float32_loses_nothing():
-    assert underflow_fraction(states_like_adam_s(), "float32").count == 0
+    assert underflow_fraction(states_like_adam_s(), "float32").part == 0
 
 
 def test_a_second_moment_with_beta2_0_999_stalls_in_fp8_and_one_with_0_9_does_not():
