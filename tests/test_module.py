@@ -139,13 +139,13 @@ def test_betas_reach_the_optimizer(name):
 
 @pytest.mark.parametrize("name", ["stosign", "signsgd"])
 def test_state_precision_stores_the_states_of_this_package_s_optimizers(name):
-    model, run = fit(StoSignConfig(name, state_precision="fp8", schedule="constant"), max_steps=1)
+    model, run = fit(StoSignConfig(name, state_precision="fp8:min_numel=0", schedule="constant"), max_steps=1)
     assert run.optimizers[0].state[model.head.weight]["exp_avg"].dtype == torch.float8_e4m3fn
 
 
 @pytest.mark.parametrize(("name", "state"), [("adamw", "exp_avg"), ("lion", "exp_avg"), ("muon", "momentum_buffer")])
 def test_state_precision_is_emulated_for_the_others(name, state):
-    model, run = fit(StoSignConfig(name, state_precision="fp8-raw", schedule="constant"), max_steps=1)
+    model, run = fit(StoSignConfig(name, state_precision="fp8-raw:min_numel=0", schedule="constant"), max_steps=1)
     value = run.optimizers[0].state[model.first.weight][state]
     assert value.abs().max() > 0
     assert torch.equal(value, value.to(torch.float8_e4m3fn).float())
@@ -434,7 +434,7 @@ def test_a_resume_with_more_steps_extends_the_schedule(tmp_path):
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("precision", [None, "fp8"])
+@pytest.mark.parametrize("precision", [None, "fp8:min_numel=0"])
 def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tmp_path, name, precision):
     config = StoSignConfig(name, lr=0.1, warmup_steps=2, state_precision=precision)
     checkpoint = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)

@@ -204,6 +204,8 @@ class StoredState:
         self, state: dict[str, Any], names: tuple[str, ...], param: Tensor, index: int, group: dict[str, Any]
     ) -> None:
         precision = precision_of(state, group)
+        if precision is not None and not precision.applies_to(param):
+            precision = None
         if not state:
             # int64: exact beyond float32's 2**24 steps. On the CPU, where reading it costs no synchronisation.
             state["step"] = torch.zeros((), dtype=torch.int64)

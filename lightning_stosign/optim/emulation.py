@@ -46,7 +46,8 @@ def emulate_state_precision(optimizer: Optimizer, precision: StatePrecision | st
 
     Args:
         optimizer: any ``torch.optim.Optimizer`` other than this package's, which store states themselves.
-        precision: a :class:`StatePrecision` or its name, without stochastic rounding. With ``static_scale`` s, states
+        precision: a :class:`StatePrecision` or its name, without stochastic rounding. States of parameters with less
+            than its ``min_numel`` values stay as they are. With ``static_scale`` s, states
             linear in the gradient are rounded times s, second moments (``exp_avg_sq``, ``square_avg``, ``sum`` ...)
             times s * s, and states that do not scale with the gradient (``step_size`` ...) as they are.
 
@@ -62,7 +63,7 @@ def emulate_state_precision(optimizer: Optimizer, precision: StatePrecision | st
         >>> import torch
         >>> x = torch.nn.Parameter(torch.ones(3))
         >>> optimizer = torch.optim.AdamW([x])
-        >>> handle = emulate_state_precision(optimizer, "fp8-raw")
+        >>> handle = emulate_state_precision(optimizer, "fp8-raw:min_numel=0")
         >>> x.grad = torch.tensor([1.0, 1e-1, 1e-2])
         >>> optimizer.step()
         >>> optimizer.state[x]["exp_avg_sq"]  # 0.001 * grad**2: below half of E4M3's smallest number, 2**-9
@@ -79,6 +80,8 @@ def emulate_state_precision(optimizer: Optimizer, precision: StatePrecision | st
     def round_states(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         for param, state in optimizer.state.items():
             own = precision_of(state, {}) or precision
+            if not own.applies_to(param):
+                continue
             for name, value in state.items():
                 if is_moment(name, value, param) and value.numel() > 0:
                     value.copy_(as_stored(value, own, state_degree(name)))

@@ -7,6 +7,7 @@ from functools import lru_cache
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
 _DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float32, torch.bfloat16, torch.float16, *FP8_DTYPES)}
@@ -29,6 +30,8 @@ class StatePrecision:
             The envelope ``exp_inf`` is always rounded up.
         static_scale: with ``scaling="none"`` and a dtype of limited range, a fixed factor ``s``, a power of two: states
             linear in the gradient are stored times ``s``, second moments times ``s * s``: what a loss scale would do.
+        min_numel: states of parameters with fewer values (norms, biases) stay in float32, as torchao's and
+            bitsandbytes' low-bit optimizers keep them: they take next to no memory and matter much.
 
     Raises:
         TypeError: an argument is not of the type above.
@@ -36,7 +39,7 @@ class StatePrecision:
 
     Example:
         >>> StatePrecision.parse("fp8")
-        StatePrecision(dtype=torch.float8_e4m3fn, scaling='tensor', block_size=128, stochastic_rounding=False, static_scale=1.0)
+        StatePrecision(dtype=torch.float8_e4m3fn, scaling='tensor', block_size=128, stochastic_rounding=False, static_scale=1.0, min_numel=4096)
         >>> str(StatePrecision(torch.float8_e4m3fn, static_scale=1024.0))
         'fp8-raw:static_scale=1024.0'
     """  # noqa: E501
@@ -46,6 +49,7 @@ class StatePrecision:
     block_size: int = 128
     stochastic_rounding: bool = False
     static_scale: float = 1.0
+    min_numel: int = 4096
 
     def __post_init__(self) -> None:
         if isinstance(self.dtype, str) and self.dtype in _DTYPES:
@@ -54,10 +58,12 @@ class StatePrecision:
             raise ValueError(f"dtype={self.dtype!r} is not supported for optimizer states; accepted: {list(_DTYPES)}")
         if self.scaling not in ("none", "tensor", "block"):
             raise ValueError(f"scaling={self.scaling!r} is unknown; accepted: 'none', 'tensor', 'block'")
-        if isinstance(self.block_size, bool) or not isinstance(self.block_size, int):
-            raise TypeError(f"block_size={self.block_size!r} must be an int")
-        if self.block_size < 1:
-            raise ValueError(f"block_size={self.block_size} must be at least 1")
+        for name, lowest in (("block_size", 1), ("min_numel", 0)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"{name}={value!r} must be an int")
+            if value < lowest:
+                raise ValueError(f"{name}={value} must be at least {lowest}")
         if not isinstance(self.stochastic_rounding, bool):
             raise TypeError(f"stochastic_rounding={self.stochastic_rounding!r} must be a bool")
         if isinstance(self.static_scale, bool) or not isinstance(self.static_scale, (int, float)):
@@ -80,6 +86,10 @@ class StatePrecision:
     def is_fp8(self) -> bool:
         """Whether the dtype is one of the two FP8 formats."""
         return self.dtype in FP8_DTYPES
+
+    def applies_to(self, param: Tensor) -> bool:
+        """Return whether a parameter's states are stored so, and not in float32 for being small."""
+        return param.numel() >= self.min_numel
 
     @classmethod
     def parse(cls, spec: "str | StatePrecision") -> "StatePrecision":
@@ -166,6 +176,7 @@ _READ: dict[str, Any] = {
     "dtype": str,
     "scaling": str,
     "block_size": int,
+    "min_numel": int,
     "stochastic_rounding": lambda text: {"true": True, "false": False}[text.lower()],
     "static_scale": float,
 }

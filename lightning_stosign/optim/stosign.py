@@ -57,9 +57,9 @@ class StoSignSGD(LowPrecisionOptimizer):
         TypeError: an option is of the wrong type.
 
     Example:
-        >>> model = torch.nn.Linear(4, 2)
+        >>> model = torch.nn.Linear(64, 64)
         >>> optimizer = StoSignSGD(model.parameters(), lr=1e-3, state_precision="fp8")
-        >>> model(torch.ones(4)).sum().backward()
+        >>> model(torch.ones(64)).sum().backward()
         >>> optimizer.step()
         >>> optimizer.state[model.weight]["exp_inf"].dtype
         torch.float8_e4m3fn

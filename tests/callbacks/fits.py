@@ -11,7 +11,7 @@ from lightning_stosign import SignSGD, StoSignSGD
 
 OPTIMIZERS = {
     "stosign": lambda params: StoSignSGD(params, lr=0.01, weight_decay=0.1),
-    "stosign-fp8": lambda params: StoSignSGD(params, lr=0.01, weight_decay=0.1, state_precision="fp8"),
+    "stosign-fp8": lambda params: StoSignSGD(params, lr=0.01, weight_decay=0.1, state_precision="fp8:min_numel=0"),
     "in-expectation": lambda params: StoSignSGD(params, lr=0.01, stochastic=False),
     "signsgd": lambda params: SignSGD(params, lr=0.01),
     "adamw": lambda params: torch.optim.AdamW(params, lr=0.01),

@@ -173,17 +173,23 @@ def test_weight_decay_through_the_gradient_is_not_decoupled(name):
 def values_by_hand(state, precision):
     """exp_avg as the storage format defines it, in float64."""
     stored = state["exp_avg"].double().numpy().reshape(-1)
-    if precision == "fp8-raw:static_scale=1024":
+    if precision == "fp8-raw:static_scale=1024,min_numel=0":
         return stored / 1024
     if precision.startswith("fp8-block"):
         return stored * np.repeat(state["exp_avg_scale"].double().numpy(), 3)[: stored.size]
-    return stored * state["exp_avg_scale"].item() if precision.startswith("fp8:") or precision == "fp8" else stored
+    return stored * state["exp_avg_scale"].item() if precision.startswith("fp8:") else stored
 
 
-FP8 = ["fp8", "fp8:dtype=float8_e5m2", "fp8-raw", "fp8-raw:static_scale=1024", "fp8-block:block_size=3"]
+FP8 = [
+    "fp8:min_numel=0",
+    "fp8:dtype=float8_e5m2,min_numel=0",
+    "fp8-raw:min_numel=0",
+    "fp8-raw:static_scale=1024,min_numel=0",
+    "fp8-block:block_size=3,min_numel=0",
+]
 
 
-@pytest.mark.parametrize("precision", ["bfloat16", "float16", *FP8])
+@pytest.mark.parametrize("precision", ["bfloat16:min_numel=0", "float16:min_numel=0", *FP8])
 def test_low_precision_states_are_read_as_the_values_they_stand_for(precision):
     grads = [[float(x) for x in 10.0 ** np.linspace(-4, 1, 8)]]
     optimizer, param = one_step(partial(StoSignSGD, state_precision=precision), grads, (2, 4))
@@ -192,7 +198,7 @@ def test_low_precision_states_are_read_as_the_values_they_stand_for(precision):
     np.testing.assert_array_equal(value.double().numpy().reshape(-1), values_by_hand(optimizer.state[param], precision))
 
 
-@pytest.mark.parametrize("precision", ["fp8", "fp8-block"])
+@pytest.mark.parametrize("precision", ["fp8:min_numel=0", "fp8-block:min_numel=0"])
 def test_scales_are_not_states(precision):
     moments = read(*stepped(partial(StoSignSGD, state_precision=precision)))
     assert moments.states.keys() == {"exp_avg", "exp_inf"}

@@ -15,7 +15,14 @@ from torch import nn
 from lightning_stosign import SignSGD, StoSignSGD
 
 OPTIMIZERS = [StoSignSGD, SignSGD]
-PRECISIONS = [None, "float32", "bfloat16", "fp8", "fp8-raw:static_scale=1024", "fp8-block:stochastic_rounding=true"]
+PRECISIONS = [
+    None,
+    "float32",
+    "bfloat16:min_numel=0",
+    "fp8:min_numel=0",
+    "fp8-raw:static_scale=1024,min_numel=0",
+    "fp8-block:stochastic_rounding=true,min_numel=0",
+]
 
 pytestmark = pytest.mark.parametrize("cls", OPTIMIZERS)
 
@@ -69,7 +76,7 @@ def test_checkpoint_continues_bit_for_bit(cls, precision, dtype):
 
 def test_checkpoint_continues_in_a_fresh_process(cls, tmp_path):
     net = model()
-    optimizer = cls(net.parameters(), 0.01, state_precision="fp8")
+    optimizer = cls(net.parameters(), 0.01, state_precision="fp8:min_numel=0")
     train(net, optimizer, 5)
     torch.save({"net": net.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "a.pt")
     train(net, optimizer, 5, start=5)
@@ -107,7 +114,7 @@ def test_loading_does_not_share_tensors_with_the_state_dict(cls):
 
 def test_load_hooks_see_and_change_what_is_loaded(cls):
     net, other = model(), model()
-    optimizer, loaded = cls(net.parameters(), 0.01, state_precision="fp8"), cls(other.parameters(), 0.01)
+    optimizer, loaded = cls(net.parameters(), 0.01, state_precision="fp8:min_numel=0"), cls(other.parameters(), 0.01)
     train(net, optimizer, 2)
 
     def double_the_step(_, state_dict):
@@ -132,10 +139,10 @@ def through_torch_save(pair):
 @pytest.mark.parametrize(
     ("copier", "precision"),
     [
-        (copy.deepcopy, "fp8"),
-        (through_torch_save, "fp8"),
+        (copy.deepcopy, "fp8:min_numel=0"),
+        (through_torch_save, "fp8:min_numel=0"),
         # torch 2.13 cannot read an FP8 tensor back from a plain pickle, whoever holds it.
-        (lambda pair: pickle.loads(pickle.dumps(pair)), "bfloat16"),
+        (lambda pair: pickle.loads(pickle.dumps(pair)), "bfloat16:min_numel=0"),
     ],
 )
 def test_copies_continue_alike(cls, copier, precision):
@@ -189,7 +196,7 @@ def test_frozen_unused_and_empty_parameters_are_left_alone(cls):
 
 def test_scalar_parameter_trains(cls):
     x = nn.Parameter(torch.tensor(1.0))
-    optimizer = cls([x], 0.25, state_precision="fp8-block")
+    optimizer = cls([x], 0.25, state_precision="fp8-block:min_numel=0")
     x.square().backward()
     optimizer.step()
     assert x.item() == 0.75
@@ -212,7 +219,7 @@ def test_tensor_lr_gives_the_same_steps(cls, shape):
 def test_param_groups_have_their_own_options(cls):
     a, b = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
     optimizer = cls([{"params": [a]}, {"params": [b], "lr": 0.25, "maximize": True}], 0.5)
-    optimizer.add_param_group({"params": [c := nn.Parameter(torch.ones(3))], "state_precision": "fp8"})
+    optimizer.add_param_group({"params": [c := nn.Parameter(torch.ones(3))], "state_precision": "fp8:min_numel=0"})
     (a.sum() + b.sum() + c.sum()).backward()
     optimizer.step()
     assert (a.detach()[0], b.detach()[0], c.detach()[0]) == (0.5, 1.25, 0.5)
@@ -235,7 +242,7 @@ def test_lr_scheduler_sets_the_size_of_the_step(cls):
 
 def test_global_generator_is_untouched(cls):
     net = model(torch.bfloat16)
-    optimizer = cls(net.parameters(), 0.01, state_precision="fp8:stochastic_rounding=true")
+    optimizer = cls(net.parameters(), 0.01, state_precision="fp8:stochastic_rounding=true,min_numel=0")
     torch.manual_seed(5)
     before = torch.get_rng_state()
     net(torch.ones(2, 6, dtype=torch.bfloat16)).sum().backward()
@@ -343,3 +350,14 @@ def test_gradients_whose_sum_overflows_are_finite(cls):
     x.grad = torch.full((4,), 3e38)
     cls([x], 0.5).step()
     assert torch.equal(x.detach(), torch.full((4,), -0.5))
+
+
+def test_states_of_small_parameters_stay_in_float32(cls):
+    large, small = (nn.Parameter(torch.ones(n)) for n in (4096, 4095))
+    optimizer = cls([large, small], state_precision="fp8-block")
+    for x in (large, small):
+        x.grad = torch.ones_like(x)
+    optimizer.step()
+    assert optimizer.state[large]["exp_avg"].dtype == torch.float8_e4m3fn
+    assert optimizer.state[small]["exp_avg"].dtype == torch.float32
+    assert "exp_avg_scale" not in optimizer.state[small]

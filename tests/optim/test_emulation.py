@@ -21,7 +21,7 @@ def test_states_are_what_the_format_holds_with_second_moments_scaled_twice(scale
     x = torch.nn.Parameter(torch.zeros(50))
     y = torch.nn.Parameter(torch.zeros(50))
     plain, optimizer = torch.optim.AdamW([y]), torch.optim.AdamW([x])
-    emulate_state_precision(optimizer, StatePrecision(torch.float8_e4m3fn, static_scale=scale))
+    emulate_state_precision(optimizer, StatePrecision(torch.float8_e4m3fn, static_scale=scale, min_numel=0))
     step(optimizer, x, 0)
     step(plain, y, 0)
     for name, factor in (("exp_avg", scale), ("exp_avg_sq", scale * scale)):
@@ -32,7 +32,7 @@ def test_states_are_what_the_format_holds_with_second_moments_scaled_twice(scale
 def test_next_step_reads_the_rounded_states():
     x, y = torch.nn.Parameter(torch.zeros(50)), torch.nn.Parameter(torch.zeros(50))
     emulated, by_hand = torch.optim.AdamW([x]), torch.optim.AdamW([y])
-    emulate_state_precision(emulated, "fp8")
+    emulate_state_precision(emulated, "fp8:min_numel=0")
     for seed in range(5):
         step(emulated, x, seed)
         step(by_hand, y, seed)
@@ -44,7 +44,7 @@ def test_next_step_reads_the_rounded_states():
 def test_removed_handle_ends_the_emulation():
     x = torch.nn.Parameter(torch.zeros(50))
     optimizer = torch.optim.AdamW([x])
-    handle = emulate_state_precision(optimizer, "fp8-raw")
+    handle = emulate_state_precision(optimizer, "fp8-raw:min_numel=0")
     step(optimizer, x, 0)
     assert bool((optimizer.state[x]["exp_avg_sq"] == 0).all())
     handle.remove()
@@ -63,7 +63,7 @@ def test_removed_handle_ends_the_emulation():
 def test_every_torch_optimizer_runs_with_states_of_the_format(cls):
     x = torch.nn.Parameter(torch.ones(6, 5))
     optimizer = cls([x])
-    precision = StatePrecision.parse("fp8-raw:static_scale=16")
+    precision = StatePrecision.parse("fp8-raw:static_scale=16,min_numel=0")
     emulate_state_precision(optimizer, precision)
     for seed in range(3):
         step(optimizer, x, seed)
@@ -77,15 +77,15 @@ def test_every_torch_optimizer_runs_with_states_of_the_format(cls):
 @pytest.mark.parametrize("cls", [StoSignSGD, SignSGD])
 def test_own_optimizers_are_refused(cls):
     with pytest.raises(ValueError, match="stores its states itself; pass it state_precision"):
-        emulate_state_precision(cls([torch.nn.Parameter(torch.zeros(2))]), "fp8")
+        emulate_state_precision(cls([torch.nn.Parameter(torch.zeros(2))]), "fp8:min_numel=0")
 
 
 @pytest.mark.parametrize(
     ("optimizer", "precision", "error", "message"),
     [
-        (torch.nn.Linear(1, 1), "fp8", TypeError, "optimizer=Linear"),
+        (torch.nn.Linear(1, 1), "fp8:min_numel=0", TypeError, "optimizer=Linear"),
         (None, "fp9", ValueError, "state_precision='fp9'"),
-        (None, "fp8:stochastic_rounding=true", ValueError, "precision: stochastic_rounding=True"),
+        (None, "fp8:stochastic_rounding=true,min_numel=0", ValueError, "precision: stochastic_rounding=True"),
     ],
 )
 def test_bad_argument_is_named(optimizer, precision, error, message):
@@ -107,7 +107,7 @@ def test_float32_changes_nothing():
 @pytest.mark.parametrize("cls", [torch.optim.AdamW, torch.optim.NAdam, torch.optim.ASGD])
 def test_moments_of_a_scalar_parameter_are_rounded_and_its_counters_are_not(cls):
     results = []
-    for precision in ("float32", "fp8-raw"):
+    for precision in ("float32", "fp8-raw:min_numel=0"):
         x = torch.nn.Parameter(torch.tensor(1.0))
         optimizer = cls([x])
         emulate_state_precision(optimizer, precision)
@@ -120,3 +120,14 @@ def test_moments_of_a_scalar_parameter_are_rounded_and_its_counters_are_not(cls)
         if name in ("exp_avg", "exp_avg_sq", "ax"):
             expected = torch.tensor(reference.round_nearest(value.double().numpy(), E4M3)).float()
         assert rounded[name] == expected, name
+
+
+def test_states_of_small_parameters_are_left_alone():
+    large, small = (torch.nn.Parameter(torch.ones(n)) for n in (4096, 4095))
+    optimizer = torch.optim.AdamW([large, small])
+    emulate_state_precision(optimizer, "fp8-raw")
+    for x in (large, small):
+        x.grad = torch.full_like(x, 0.01)
+    optimizer.step()
+    assert optimizer.state[large]["exp_avg_sq"].count_nonzero() == 0
+    assert optimizer.state[small]["exp_avg_sq"].count_nonzero() == 4095

@@ -22,6 +22,7 @@ def precisions(draw):
         block_size=draw(st.integers(1, 1 << 20)),
         stochastic_rounding=dtype is not torch.float32 and draw(st.booleans()),
         static_scale=draw(POWERS) if limited and scaling == "none" else 1.0,
+        min_numel=draw(st.integers(0, 1 << 20)),
     )
 
 
@@ -55,6 +56,8 @@ def test_presets_are_those_of_the_design():
         ({"scaling": "row"}, ValueError, "scaling='row'"),
         ({"block_size": 0}, ValueError, "block_size=0"),
         ({"block_size": 1.5}, TypeError, "block_size=1.5"),
+        ({"min_numel": -1}, ValueError, "min_numel=-1"),
+        ({"min_numel": True}, TypeError, "min_numel=True"),
         ({"stochastic_rounding": 1}, TypeError, "stochastic_rounding=1"),
         ({"static_scale": 0.0}, ValueError, "static_scale=0.0"),
         ({"static_scale": 3.0}, ValueError, "static_scale=3.0 must be a power of two"),

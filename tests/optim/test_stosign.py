@@ -84,7 +84,7 @@ def test_gradients_of_another_scale_give_the_same_steps():
     iterates = []
     for scale in (1.0, 2.0**-20):
         x = torch.nn.Parameter(torch.from_numpy(start).float())
-        iterates.append(run(StoSignSGD([x], 0.01, state_precision="fp8"), x, grads * scale)[-1])
+        iterates.append(run(StoSignSGD([x], 0.01, state_precision="fp8:min_numel=0"), x, grads * scale)[-1])
     assert torch.equal(*iterates)
 
 
@@ -92,8 +92,19 @@ def test_gradients_of_another_scale_give_the_same_steps():
 @pytest.mark.parametrize(
     "precision",
     [
-        *("float32", "bfloat16", "float16", "fp8", "fp8-raw", "fp8-raw:static_scale=1024"),
-        *("fp8-block:block_size=8", "fp8:dtype=float8_e5m2", "fp8:stochastic_rounding=true"),
+        *(
+            "float32",
+            "bfloat16:min_numel=0",
+            "float16:min_numel=0",
+            "fp8:min_numel=0",
+            "fp8-raw:min_numel=0",
+            "fp8-raw:static_scale=1024,min_numel=0",
+        ),
+        *(
+            "fp8-block:block_size=8,min_numel=0",
+            "fp8:dtype=float8_e5m2,min_numel=0",
+            "fp8:stochastic_rounding=true,min_numel=0",
+        ),
     ],
 )
 def test_stored_envelope_covers_the_stored_momentum(precision, beta2):
@@ -108,7 +119,7 @@ def test_stored_envelope_covers_the_stored_momentum(precision, beta2):
 
 def test_envelope_in_fp8_does_not_creep():
     x = torch.nn.Parameter(torch.zeros(1000))
-    optimizer = StoSignSGD([x], 0.01, (0.0, 1.0), state_precision="fp8")
+    optimizer = StoSignSGD([x], 0.01, (0.0, 1.0), state_precision="fp8:min_numel=0")
     g = torch.randn(1000, generator=torch.Generator().manual_seed(0)).numpy()
     run(optimizer, x, [g])
     first = optimizer.state[x]["exp_inf"].float()
@@ -118,7 +129,7 @@ def test_envelope_in_fp8_does_not_creep():
 
 def test_fp8_states_take_two_bytes_a_parameter():
     x = torch.nn.Parameter(torch.zeros(1024, 8))
-    optimizer = StoSignSGD([x], state_precision="fp8")
+    optimizer = StoSignSGD([x], state_precision="fp8:min_numel=0")
     run(optimizer, x, [np.ones((1024, 8))])
     assert state_bytes(optimizer) == 2 * x.numel() + 2 * 4  # and a float32 scale each
 
@@ -126,8 +137,8 @@ def test_fp8_states_take_two_bytes_a_parameter():
 def test_decayed_envelope_in_fp8_is_announced_where_rounding_up_undoes_it():
     x = torch.nn.Parameter(torch.zeros(2))
     with pytest.warns(UserWarning, match=r"betas\[1\]=0.999 has no effect .* decay of 0.9375"):
-        StoSignSGD([x], betas=(0.9, 0.999), state_precision="fp8")
-    StoSignSGD([x], betas=(0.9, 0.9375), state_precision="fp8")
+        StoSignSGD([x], betas=(0.9, 0.999), state_precision="fp8:min_numel=0")
+    StoSignSGD([x], betas=(0.9, 0.9375), state_precision="fp8:min_numel=0")
     StoSignSGD([x], betas=(0.9, 0.999))
 
 
@@ -136,7 +147,7 @@ def test_decayed_envelope_in_fp8_is_announced_where_rounding_up_undoes_it():
 def test_announced_limit_of_the_envelope_decay_is_exact(beta2):
     x = torch.nn.Parameter(torch.zeros(64))
     grads = [np.linspace(100, 400, 64)] + [np.zeros(64)] * 3
-    optimizer = StoSignSGD([x], betas=(0.0, beta2), state_precision="fp8-raw")
+    optimizer = StoSignSGD([x], betas=(0.0, beta2), state_precision="fp8-raw:min_numel=0")
     run(optimizer, x, grads[:1])
     before = optimizer.state[x]["exp_inf"].float()
     run(optimizer, x, grads[1:])
@@ -164,7 +175,7 @@ def test_parameter_in_any_memory_format_draws_the_same_noise():
         lambda t: t.permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0),
     ):
         x = torch.nn.Parameter(layout(start))
-        optimizer = StoSignSGD([x], 0.01, state_precision="fp8-block")
+        optimizer = StoSignSGD([x], 0.01, state_precision="fp8-block:min_numel=0")
         for _ in range(3):
             x.grad = layout(grad)
             optimizer.step()
@@ -232,10 +243,10 @@ def test_momentum_rounded_stochastically_does_not_stall():
     # With beta1 = 0.99 a step of the momentum is 1% of the gradient: below half of E4M3's spacing (6% at best).
     x = torch.nn.Parameter(torch.zeros(4096))
     momenta = {}
-    for spec in ("fp8", "fp8:stochastic_rounding=true"):
+    for spec in ("fp8:min_numel=0", "fp8:stochastic_rounding=true,min_numel=0"):
         optimizer = StoSignSGD([x], betas=(0.99, 1.0), state_precision=spec)
         run(optimizer, x, [np.ones(4096)] * 300)
         state = optimizer.state[x]
         momenta[spec] = dequantize(state["exp_avg"], state["exp_avg_scale"], StatePrecision.parse(spec)).mean().item()
-    assert momenta["fp8"] < 0.5  # stuck on the way to 1
-    assert abs(momenta["fp8:stochastic_rounding=true"] - (1 - 0.99**300)) < 0.02
+    assert momenta["fp8:min_numel=0"] < 0.5  # stuck on the way to 1
+    assert abs(momenta["fp8:stochastic_rounding=true,min_numel=0"] - (1 - 0.99**300)) < 0.02

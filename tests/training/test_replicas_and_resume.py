@@ -42,11 +42,11 @@ def test_replicas_stay_identical_with_dropout_and_different_data(tmp_path, optim
 @pytest.mark.parametrize(
     ("optimizer", "precision"),
     [
-        ("stosign", "fp8:stochastic_rounding=true"),
-        pytest.param("stosign", "fp8-raw:static_scale=1024", marks=pytest.mark.slow),
-        pytest.param("signsgd", "fp8-block", marks=pytest.mark.slow),
-        pytest.param("adamw", "fp8", marks=pytest.mark.slow),  # through the emulation
-        pytest.param("muon", "bfloat16", marks=pytest.mark.slow),
+        ("stosign", "fp8:stochastic_rounding=true,min_numel=0"),
+        pytest.param("stosign", "fp8-raw:static_scale=1024,min_numel=0", marks=pytest.mark.slow),
+        pytest.param("signsgd", "fp8-block:min_numel=0", marks=pytest.mark.slow),
+        pytest.param("adamw", "fp8:min_numel=0", marks=pytest.mark.slow),  # through the emulation
+        pytest.param("muon", "bfloat16:min_numel=0", marks=pytest.mark.slow),
     ],
 )
 def test_run_killed_at_step_30_resumes_from_step_20_bit_for_bit(tmp_path, optimizer, precision):

@@ -57,7 +57,7 @@ def main() -> None:
     parser.add_argument("--die_after", type=int, default=0)
     parser.add_argument("--resume")
     parser.add_argument("--optimizer", default="stosign")
-    parser.add_argument("--precision", default="fp8:stochastic_rounding=true")
+    parser.add_argument("--precision", default="fp8:stochastic_rounding=true,min_numel=0")
     args = parser.parse_args()
 
     torch.manual_seed(0)
