@@ -1,0 +1,85 @@
+"""Which of the whole's values a process holds, against torch's own distribution of the values 0, 1, 2, ..."""
+
+from math import prod
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Partial, Replicate, distribute_tensor
+from torch.distributed.tensor import Shard as Split
+from torch.distributed.tensor.placement_types import _StridedShard
+from torch.testing._internal.distributed.fake_pg import FakeStore  # registers the "fake" backend
+
+from lightning_stosign.optim.sharding import local, local_grad, shard_of
+
+
+@pytest.fixture(params=range(4))
+def rank(request):
+    """One process that believes to be one of four: nothing here communicates."""
+    dist.init_process_group("fake", store=FakeStore(), rank=request.param, world_size=4)
+    yield request.param
+    dist.destroy_process_group()
+
+
+SHAPES = [(8, 3), (5, 3), (2, 3), (7,), (0, 3), (3, 4, 5), (6, 1, 4)]
+
+
+def spread(shape, mesh, placements):
+    return distribute_tensor(torch.arange(prod(shape)).view(shape), mesh, placements, src_data_rank=None)
+
+
+def assert_index_is_right(whole):
+    values, shard = local(whole).flatten(), shard_of(whole)
+    assert torch.equal(shard.index(0, values.numel()), values)
+    middle = values.numel() // 2
+    assert torch.equal(shard.index(middle, values.numel() - middle), values[middle:])
+    assert shard.starts.numel() * shard.run == values.numel()
+    return shard
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_index_of_a_shard_along_any_dimension(rank, shape):
+    mesh = init_device_mesh("cpu", (4,))
+    for placement in (Replicate(), *map(Split, range(len(shape)))):
+        assert_index_is_right(spread(shape, mesh, [placement]))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_index_of_a_shard_on_two_dimensional_meshes(rank, shape):
+    mesh = init_device_mesh("cpu", (2, 2))
+    for first in (Replicate(), *map(Split, range(len(shape)))):
+        for second in (Replicate(), *map(Split, range(len(shape)))):
+            assert_index_is_right(spread(shape, mesh, [first, second]))
+    # Fully sharded after tensor parallelism on the same dimension, and what is not even a range of rows.
+    assert_index_is_right(spread(shape, mesh, [_StridedShard(0, split_factor=2), Split(0)]))
+    assert_index_is_right(spread(shape, mesh, [Split(0), _StridedShard(0, split_factor=2)]))
+
+
+def test_rows_are_one_run_and_columns_one_run_a_row(rank):
+    mesh = init_device_mesh("cpu", (4,))
+    rows = assert_index_is_right(spread((8, 12), mesh, [Split(0)]))
+    columns = assert_index_is_right(spread((8, 12), mesh, [Split(1)]))
+    assert (rows.run, rows.starts.tolist()) == (24, [24 * rank])
+    assert (columns.run, columns.starts.tolist()) == (3, [12 * i + 3 * rank for i in range(8)])
+
+
+def test_wrapped_state_is_sharded_as_its_parameter(rank):
+    param = spread((5, 3), init_device_mesh("cpu", (4,)), [Split(0)])
+    state = torch.zeros_like(local(param), dtype=torch.float8_e4m3fn)
+    wrapped = shard_of(param).wrap(state, param)
+    assert isinstance(wrapped, DTensor) and wrapped.dtype == torch.float8_e4m3fn
+    assert (wrapped.shape, wrapped.stride(), wrapped.placements) == (param.shape, param.stride(), param.placements)
+    assert local(wrapped).data_ptr() == state.data_ptr()
+
+
+def test_pending_sum_is_refused(rank):
+    param = DTensor.from_local(torch.ones(2), init_device_mesh("cpu", (4,)), [Partial()])
+    with pytest.raises(ValueError, match=r"a DTensor with placements \(Partial\(sum\),\); accepted: Shard and Replic"):
+        shard_of(param)
+
+
+def test_plain_tensor_is_no_shard():
+    param = torch.nn.Parameter(torch.ones(2))
+    param.grad = torch.ones(2)
+    assert shard_of(param) is None and local(param) is param and local_grad(param) is param.grad
