@@ -2,7 +2,14 @@
 
 from lightning_stosign.callbacks import OptimizerStateMonitor, StateCollapseError, StateCollapseGuard
 from lightning_stosign.module import StoSignConfig, StoSignMixin
-from lightning_stosign.optim import SignSGD, StatePrecision, StoSignSGD, emulate_state_precision, state_bytes
+from lightning_stosign.optim import (
+    SignSGD,
+    StatePrecision,
+    StoSignSGD,
+    emulate_state_precision,
+    promote_state,
+    state_bytes,
+)
 from lightning_stosign.precision import Float8Precision
 
 __all__ = [
@@ -16,5 +23,6 @@ __all__ = [
     "StoSignMixin",
     "StoSignSGD",
     "emulate_state_precision",
+    "promote_state",
     "state_bytes",
 ]

@@ -53,11 +53,12 @@ def emulate_state_precision(optimizer: Optimizer, precision: StatePrecision | st
 
     Returns:
         A handle; its ``remove()`` ends the emulation. Not part of the optimizer's state_dict: call this again after
-        building the optimizer for a resumed run.
+        building the optimizer for a resumed run. What :func:`promote_state` has changed for a parameter is part of it.
 
     Raises:
         TypeError: ``optimizer`` is not a torch optimizer.
-        ValueError: ``optimizer`` is one of this package's; ``precision`` is unknown or rounds stochastically.
+        ValueError: ``optimizer`` is one of this package's, or under an emulation already; ``precision`` is unknown or
+            rounds stochastically.
 
     Example:
         >>> import torch
@@ -73,20 +74,44 @@ def emulate_state_precision(optimizer: Optimizer, precision: StatePrecision | st
         raise TypeError(f"optimizer={optimizer!r} must be a torch.optim.Optimizer")
     if isinstance(optimizer, LowPrecisionOptimizer):
         raise ValueError(f"optimizer: {type(optimizer).__name__} stores its states itself; pass it state_precision=...")
+    if emulated_precision(optimizer) is not None:
+        raise ValueError(
+            f"optimizer: {type(optimizer).__name__}'s states are emulated in {emulated_precision(optimizer)} already; "
+            "end that by its handle's remove() first"
+        )
     precision = StatePrecision.parse(precision)
     if precision.stochastic_rounding:
         raise ValueError("precision: stochastic_rounding=True is not emulated; accepted: rounding to nearest")
 
-    def round_states(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    return optimizer.register_step_post_hook(_Emulation(precision))
+
+
+class _Emulation:
+    """The hook after a step; an object, so that an emulated optimizer can be recognised by it."""
+
+    def __init__(self, precision: StatePrecision) -> None:
+        self.precision = precision
+
+    def __call__(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         for param, state in optimizer.state.items():
-            own = precision_of(state, {}) or precision
-            if not own.applies_to(param):
+            precision = precision_of(state, {}) or self.precision
+            if not precision.applies_to(param):
                 continue
             for name, value in state.items():
                 if is_moment(name, value, param) and value.numel() > 0:
-                    value.copy_(as_stored(value, own, state_degree(name)))
+                    value.copy_(as_stored(value, precision, state_degree(name)))
 
-    return optimizer.register_step_post_hook(round_states)
+
+def emulated_precision(optimizer: Optimizer) -> StatePrecision | None:
+    """Return the precision that an optimizer's states are emulated in, unless a parameter's own state says otherwise.
+
+    Returns:
+        The precision given to :func:`emulate_state_precision`; None for an optimizer that is not under it.
+    """
+    for hook in optimizer._optimizer_step_post_hooks.values():
+        if isinstance(hook, _Emulation):
+            return hook.precision
+    return None
 
 
 def as_stored(value: Tensor, precision: StatePrecision, degree: int = 1) -> Tensor:

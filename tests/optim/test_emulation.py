@@ -94,6 +94,15 @@ def test_bad_argument_is_named(optimizer, precision, error, message):
         emulate_state_precision(optimizer, precision)
 
 
+def test_a_second_emulation_is_refused_until_the_first_is_removed():
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(2))])
+    handle = emulate_state_precision(optimizer, "fp8")
+    with pytest.raises(ValueError, match="AdamW's states are emulated in fp8 already; end that by its handle"):
+        emulate_state_precision(optimizer, "bfloat16")
+    handle.remove()
+    emulate_state_precision(optimizer, "bfloat16")
+
+
 def test_float32_changes_nothing():
     x, y = torch.nn.Parameter(torch.zeros(50)), torch.nn.Parameter(torch.zeros(50))
     plain, emulated = torch.optim.AdamW([x]), torch.optim.AdamW([y])

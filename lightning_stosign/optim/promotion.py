@@ -1,0 +1,119 @@
+"""Moving one parameter's states to wider storage in the middle of a run."""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_stosign.optim._base import LowPrecisionOptimizer
+from lightning_stosign.optim.emulation import emulated_precision, is_moment
+from lightning_stosign.optim.state_precision import FLOAT32, OVERRIDE, StatePrecision, precision_of
+from lightning_stosign.optim.storage import SCALE_SUFFIX, init_state, read_state, write_state
+
+
+def next_wider(precision: StatePrecision) -> StatePrecision | None:
+    """Return the next wider storage: fp8-raw, fp8, fp8-block, bfloat16, float32; after it None.
+
+    Each FP8 dtype climbs through its own scalings; float16 goes straight to float32, since bfloat16 has fewer digits.
+
+    Example:
+        >>> str(next_wider(StatePrecision.parse("fp8")))
+        'fp8-block'
+    """
+    if precision.dtype is torch.float32:
+        return None
+    if not precision.is_fp8:
+        return replace(FLOAT32, min_numel=precision.min_numel)
+    if precision.scaling == "none":
+        return replace(precision, scaling="tensor", static_scale=1.0)
+    if precision.scaling == "tensor":
+        return replace(precision, scaling="block")
+    return StatePrecision(
+        torch.bfloat16, stochastic_rounding=precision.stochastic_rounding, min_numel=precision.min_numel
+    )
+
+
+def state_precision_of(optimizer: Optimizer, param: Tensor) -> StatePrecision | None:
+    """Return the precision that a parameter's states are stored, or emulated, in.
+
+    Args:
+        optimizer: any torch optimizer.
+        param: one of its parameters.
+
+    Returns:
+        The precision, float32 for a parameter with less than ``min_numel`` values; None where the optimizer keeps its
+        states in a way of its own.
+
+    Raises:
+        ValueError: ``param`` is not one of the optimizer's.
+    """
+    group = _group_of(optimizer, param)
+    state = optimizer.state.get(param, {})
+    if isinstance(optimizer, LowPrecisionOptimizer):
+        precision = precision_of(state, group)
+    else:
+        precision = emulated_precision(optimizer)
+        precision = None if precision is None else precision_of(state, {}) or precision
+    return FLOAT32 if precision is not None and not precision.applies_to(param) else precision
+
+
+def promote_state(optimizer: Optimizer, param: Tensor) -> StatePrecision:
+    """Move one parameter's states to the next wider storage (:func:`next_wider`), values unchanged; return it.
+
+    What has been rounded to zero stays zero until the next steps fill it. The new precision becomes part of the
+    parameter's state, where it goes before the param group's: a state_dict keeps it, and a loaded one brings it back.
+
+    Args:
+        optimizer: :class:`StoSignSGD`, :class:`SignSGD`, or an optimizer under :func:`emulate_state_precision`.
+        param: one of its parameters, after its first step.
+
+    Raises:
+        ValueError: the optimizer does not have the parameter, or no state of it yet; its states are in float32 already
+            or stored by the optimizer in a way of its own.
+
+    Example:
+        >>> from lightning_stosign import emulate_state_precision
+        >>> x = torch.nn.Parameter(torch.ones(2))
+        >>> optimizer = torch.optim.AdamW([x])
+        >>> handle = emulate_state_precision(optimizer, "fp8:min_numel=2")
+        >>> x.grad = torch.ones(2)
+        >>> optimizer.step()
+        >>> str(promote_state(optimizer, x))
+        'fp8-block:min_numel=2'
+    """
+    old = state_precision_of(optimizer, param)
+    if old is None:
+        raise ValueError(
+            f"optimizer: {type(optimizer).__name__} has no state_precision to promote; accepted: this package's "
+            "optimizers with state_precision=..., or any under emulate_state_precision"
+        )
+    new = next_wider(old)
+    if new is None:
+        raise ValueError(f"a parameter of shape {list(param.shape)} has its states in {old}: there is nothing wider")
+    state = optimizer.state.get(param, {})
+    if not state:
+        raise ValueError(f"a parameter of shape {list(param.shape)} has no state yet: it has had no step")
+    if isinstance(optimizer, LowPrecisionOptimizer):
+        for name in [n for n, v in state.items() if is_moment(n, v, param) and not n.endswith(SCALE_SUFFIX)]:
+            _store_anew(state, name, param, old, new)
+    state[OVERRIDE] = str(new).encode()
+    return new
+
+
+def _store_anew(state: dict[str, Any], name: str, param: Tensor, old: StatePrecision, new: StatePrecision) -> None:
+    value = read_state(state, name, old)
+    state.pop(name + SCALE_SUFFIX, None)
+    init_state(state, name, param, new)
+    # Exact, but for scales beyond bfloat16's range; there the envelope must still not fall below the momentum.
+    write_state(state, name, value, new, rounding="up" if name == "exp_inf" else "nearest")
+
+
+def _group_of(optimizer: Optimizer, wanted: Tensor) -> dict[str, Any]:
+    for group in optimizer.param_groups:
+        if any(param is wanted for param in group["params"]):
+            return group
+    raise ValueError(
+        f"param: a parameter of shape {list(wanted.shape)} is none of this {type(optimizer).__name__}'s parameters"
+    )
