@@ -3,6 +3,7 @@
 from lightning_stosign.callbacks import OptimizerStateMonitor, StateCollapseError, StateCollapseGuard
 from lightning_stosign.module import StoSignConfig, StoSignMixin
 from lightning_stosign.optim import (
+    SignConverted,
     SignSGD,
     StatePrecision,
     StoSignSGD,
@@ -15,6 +16,7 @@ from lightning_stosign.precision import Float8Precision
 __all__ = [
     "Float8Precision",
     "OptimizerStateMonitor",
+    "SignConverted",
     "SignSGD",
     "StateCollapseError",
     "StateCollapseGuard",

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
@@ -14,11 +15,12 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from lightning_stosign.optim._base import check_choice, check_number
 from lightning_stosign.optim.emulation import emulate_state_precision
+from lightning_stosign.optim.sign_converted import SignConverted
 from lightning_stosign.optim.signsgd import SignSGD
 from lightning_stosign.optim.state_precision import StatePrecision
 from lightning_stosign.optim.stosign import StoSignSGD
 
-OptimizerName = Literal["stosign", "signsgd", "adamw", "lion", "muon"]
+OptimizerName = Literal["stosign", "signsgd", "adamw", "lion", "muon", "sign-adamw"]
 Schedule = Literal["cosine", "linear", "constant", "wsd"]
 
 _DEFAULT_BETAS: dict[str, tuple[float, float]] = {
@@ -27,6 +29,7 @@ _DEFAULT_BETAS: dict[str, tuple[float, float]] = {
     "adamw": (0.9, 0.95),
     "lion": (0.9, 0.99),
     "muon": (0.9, 0.95),
+    "sign-adamw": (0.9, 0.95),
 }
 
 _NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
@@ -39,9 +42,10 @@ class StoSignConfig:
 
     Args:
         optimizer: ``"stosign"`` (:class:`StoSignSGD`), ``"signsgd"`` (:class:`SignSGD`), ``"adamw"`` (torch),
-            ``"lion"`` (pytorch_optimizer), ``"muon"`` (torch's Muon for the matrices, AdamW for the rest).
+            ``"lion"`` (pytorch_optimizer), ``"muon"`` (torch's Muon for the matrices, AdamW for the rest),
+            ``"sign-adamw"`` (:class:`SignConverted` of torch's AdamW).
         lr: peak learning rate, >= 0.
-        betas: the optimizer's betas. None: ``(0.9, 1.0)`` for stosign, ``(0.9, 0.95)`` for adamw and muon,
+        betas: the optimizer's betas. None: ``(0.9, 1.0)`` for stosign, ``(0.9, 0.95)`` for adamw, muon and sign-adamw,
             ``(0.9, 0.99)`` for lion; of signsgd's, 0.9, only the first is used.
         weight_decay: decoupled weight decay of the parameters that ``no_decay`` does not exempt, >= 0.
         no_decay: what is exempt: the kinds ``"bias"``, ``"norm"`` and ``"embedding"``, and globs on parameter names.
@@ -52,9 +56,10 @@ class StoSignConfig:
         wsd_decay_ratio: the length of wsd's decay as a share of all steps, in (0, 1].
         state_precision: how the optimizer states are stored: a :class:`StatePrecision` or its name. Optimizers that
             cannot store them so get :func:`emulate_state_precision`. None: in full precision.
-        stochastic: False gives StoSignSGD's in-expectation form.
-        seed: of StoSignSGD's noise.
-        on_nonfinite: what stosign and signsgd do about a gradient with inf or NaN: ``"raise"`` or ``"skip"``.
+        stochastic: False gives the in-expectation form of stosign and sign-adamw.
+        seed: of their noise.
+        on_nonfinite: what stosign, signsgd and sign-adamw do about a gradient with inf or NaN: ``"raise"`` or
+            ``"skip"``.
 
     Raises:
         ValueError: an argument is out of range.
@@ -139,6 +144,16 @@ class StoSignConfig:
             optimizer = torch.optim.AdamW(groups, lr=self.lr, betas=betas, weight_decay=self.weight_decay)
         elif self.optimizer == "lion":
             optimizer = _lion(groups, lr=self.lr, betas=betas, weight_decay=self.weight_decay)
+        elif self.optimizer == "sign-adamw":
+            optimizer = SignConverted(
+                groups,
+                partial(torch.optim.AdamW, betas=betas),
+                lr=self.lr,
+                weight_decay=self.weight_decay,
+                stochastic=self.stochastic,
+                seed=self.seed,
+                on_nonfinite=self.on_nonfinite,
+            )
         else:
             optimizer = _muon(groups, lr=self.lr, betas=betas, weight_decay=self.weight_decay)
         if self.state_precision is not None:

@@ -92,3 +92,14 @@ def round_nearest(values, table):
 def round_up(values, table):
     """To the smallest number of the table that is not below, saturating; values >= 0."""
     return table[np.searchsorted(table, np.minimum(values, table[-1]), side="left")]
+
+
+def sign_converted_adamax(x, grads, lr, beta1, beta2, eps, weight_decay, noises):
+    """Algorithm 9 for AdaMax, float64. Returns the iterates."""
+    m, u, iterates = np.zeros_like(x), np.zeros_like(x), []
+    for t, (g, n) in enumerate(zip(grads, noises, strict=True), start=1):
+        m = beta1 * m + (1 - beta1) * g
+        u = np.maximum(beta2 * u, np.abs(g))
+        x = x - lr * np.sign(m / (1 - beta1**t) + (u + eps) * n) - lr * weight_decay * x
+        iterates.append(x)
+    return iterates

@@ -147,7 +147,9 @@ class StrictOptimizer(Optimizer, ABC):
             for saved_id, param in zip(saved_ids, params, strict=True):
                 for name, value in used[0]["state"].get(saved_id, {}).items():
                     if isinstance(value, Tensor):
-                        device = "cpu" if name == "step" else param.device
+                        # The package's own counts stay on the CPU; torch knows where another optimizer's belong.
+                        is_count = value.dtype == torch.int64 and value.dim() == 0
+                        device = torch.device("cpu") if is_count else self.state[param][name].device
                         self.state[param][name] = value.detach().to(device=device, copy=True)
 
         before = self.register_load_state_dict_pre_hook(remember)
@@ -235,19 +237,24 @@ class StoredState:
         return write_state(self._state, name, value, self.precision, rounding="up").to(self._compute_dtype)
 
     def update_param(self, param: Tensor, direction: Tensor, lr: float | Tensor, weight_decay: float) -> None:
-        """``param = param - lr * weight_decay * param - lr * direction``, in place; ``direction`` is used up.
+        """As :func:`update_param`, rounding by this parameter's noise."""
+        update_param(param, direction, lr, weight_decay, self.key(Stream.ROUND_PARAM))
 
-        A bfloat16 or float16 parameter is updated in float32 and rounded stochastically: a step of ``lr`` is often
-        below half the spacing of its numbers, and would be lost each time if rounded to the nearest.
-        """
-        if isinstance(lr, Tensor):
-            lr = lr.to(param.device).reshape(())
-        value = param if param.dtype in (torch.float32, torch.float64) else param.float()
-        if weight_decay != 0:
-            value.mul_(1 - lr * weight_decay)
-        value.sub_(direction.mul_(lr))
-        if value is not param:
-            param.copy_(round_stochastically(value, param.dtype, self.key(Stream.ROUND_PARAM)))
+
+def update_param(param: Tensor, direction: Tensor, lr: float | Tensor, weight_decay: float, key: int) -> None:
+    """``param = param - lr * weight_decay * param - lr * direction``, in place; ``direction`` is used up.
+
+    A bfloat16 or float16 parameter is updated in float32 and rounded stochastically, by the noise of ``key``: a step of
+    ``lr`` is often below half the spacing of its numbers, and would be lost each time if rounded to the nearest.
+    """
+    if isinstance(lr, Tensor):
+        lr = lr.to(param.device).reshape(())
+    value = param if param.dtype in (torch.float32, torch.float64) else param.float()
+    if weight_decay != 0:
+        value.mul_(1 - lr * weight_decay)
+    value.sub_(direction.mul_(lr))
+    if value is not param:
+        param.copy_(round_stochastically(value, param.dtype, key))
 
 
 def check_number(name: str, value: Any, low: float = 0.0, high: float = math.inf) -> None:
@@ -279,6 +286,14 @@ def check_beta(name: str, value: Any, *, one: bool = False) -> None:
     check_number(name, value, 0.0, 1.0)
     if value == (0 if one else 1):
         raise ValueError(f"{name}={value} must be in {'(0, 1]' if one else '[0, 1)'}")
+
+
+def check_seed(seed: Any) -> None:
+    """Raise unless ``seed`` is an int in [0, 2**64)."""
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"seed={seed!r} must be an int")
+    if not 0 <= seed < 1 << 64:
+        raise ValueError(f"seed={seed} must be in [0, 2**64)")
 
 
 def check_choice(name: str, value: Any, accepted: tuple[Any, ...]) -> None:

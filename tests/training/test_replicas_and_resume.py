@@ -30,9 +30,15 @@ def assert_same_weights(a, b):
         assert torch.equal(weight, b["weights"][name]), name
 
 
-@pytest.mark.parametrize("optimizer", ["stosign"])
-def test_replicas_stay_identical_with_dropout_and_different_data(tmp_path, optimizer):
-    first = finished(tmp_path, "--devices=2", f"--optimizer={optimizer}")
+@pytest.mark.parametrize(
+    ("optimizer", "precision"),
+    [
+        ("stosign", "fp8:stochastic_rounding=true,min_numel=0"),
+        pytest.param("sign-adamw", "bfloat16:min_numel=0", marks=pytest.mark.slow),
+    ],
+)
+def test_replicas_stay_identical_with_dropout_and_different_data(tmp_path, optimizer, precision):
+    first = finished(tmp_path, "--devices=2", f"--optimizer={optimizer}", f"--precision={precision}")
     second = torch.load(tmp_path / "rank1.pt", weights_only=True)
     assert len(first["losses"]) == 50
     assert not any(a == b for a, b in zip(first["losses"], second["losses"], strict=True))
@@ -45,6 +51,7 @@ def test_replicas_stay_identical_with_dropout_and_different_data(tmp_path, optim
         ("stosign", "fp8:stochastic_rounding=true,min_numel=0"),
         pytest.param("stosign", "fp8-raw:static_scale=1024,min_numel=0", marks=pytest.mark.slow),
         pytest.param("signsgd", "fp8-block:min_numel=0", marks=pytest.mark.slow),
+        pytest.param("sign-adamw", "bfloat16:min_numel=0", marks=pytest.mark.slow),
         pytest.param("adamw", "fp8:min_numel=0", marks=pytest.mark.slow),  # through the emulation
         pytest.param("muon", "bfloat16:min_numel=0", marks=pytest.mark.slow),
     ],

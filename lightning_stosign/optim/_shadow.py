@@ -1,0 +1,168 @@
+"""Running another optimizer on shadows of the parameters, to have its updates instead of its new parameters."""
+
+from abc import abstractmethod
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.optim.optimizer import Optimizer, ParamsT
+
+from lightning_stosign.optim._base import StrictOptimizer, update_param
+from lightning_stosign.optim.noise import Stream, noise_key
+
+# What builds the other optimizer of param groups: its class, or a functools.partial of it.
+BaseFactory: TypeAlias = Callable[..., Optimizer]
+
+OUTER_STEP = "outer_step"  # the base counts its own steps as "step"
+
+
+class ShadowOptimizer(StrictOptimizer):
+    """Base of the optimizers that let another one, the base, step on shadows of their parameters.
+
+    The base's state of a shadow *is* this optimizer's state of the parameter, and the base's options are options of
+    this one's param groups. So torch's state_dict holds both, and whatever reads or changes states and options
+    (checkpoints, monitors, schedulers of betas) reaches the base.
+
+    Args:
+        params: parameters or param groups; options that are not this optimizer's own go to the base.
+        factory: builds the base from param groups.
+        defaults: this optimizer's own options, ``seed`` among them.
+    """
+
+    base: Optimizer
+
+    def __init__(self, params: ParamsT, factory: BaseFactory, defaults: dict[str, Any]) -> None:
+        if not callable(factory):
+            raise TypeError(f"base={factory!r} must be a function of param groups, such as an optimizer class")
+        self._factory = factory
+        self._own_options = frozenset({"params", "param_names", *defaults})
+        super().__init__(params, defaults)
+        self.defaults = {**self.base.defaults, **self.defaults}
+
+    @abstractmethod
+    def _shadow(self, param: Tensor) -> Tensor:
+        """Return the values that the base shall change in its next step on a parameter, in at least float32."""
+
+    @abstractmethod
+    def _set_base_options(self, group: dict[str, Any], base_group: dict[str, Any]) -> None:
+        """Set the base's learning rate and weight decay; its other options are already the group's."""
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Perform one step; arguments, result and errors as in :meth:`StrictOptimizer.step`."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        updates = list(self._params_with_grad())
+        if updates and self._gradients_are_finite(updates):
+            shadows = self._step_base([param for _, param, _ in updates])
+            for index, param, group in updates:
+                state = self.state[param]
+                # Set only now: to a base that initialises empty states, this one must have looked empty.
+                if OUTER_STEP not in state:
+                    state[OUTER_STEP] = torch.zeros((), dtype=torch.int64)
+                state[OUTER_STEP] += 1
+                self._step_param(index, param, shadows[param], state, group)
+        return loss
+
+    def _step_base(self, params: list[Tensor]) -> dict[Tensor, Tensor]:
+        """Let the base step on the shadows of parameters with gradients; return what it made of them."""
+        for group, base_group in zip(self.param_groups, self.base.param_groups, strict=True):
+            base_group.update(self._base_options(group))
+            self._set_base_options(group, base_group)
+        updated = set(params)
+        shadows = {param: shadow for param, shadow in self._pairs() if param in updated}
+        for param, shadow in shadows.items():
+            assert param.grad is not None
+            shadow.data = self._shadow(param)
+            shadow.grad = param.grad.to(shadow.dtype)
+            self.base.state[shadow] = self.state[param]
+        self.base.step()
+        values = {param: shadow.detach() for param, shadow in shadows.items()}
+        for shadow in shadows.values():
+            shadow.grad = None
+            if not isinstance(shadow, DTensor):
+                shadow.data = shadow.new_empty(0)  # between steps it takes no memory
+        for group, base_group in zip(self.param_groups, self.base.param_groups, strict=True):
+            group.update(self._base_options(base_group))  # some optimizers count steps in a param group
+        return values
+
+    def _pairs(self) -> list[tuple[Tensor, Tensor]]:
+        """Return the parameters, each with its shadow."""
+        return [
+            pair
+            for group, base_group in zip(self.param_groups, self.base.param_groups, strict=True)
+            for pair in zip(group["params"], base_group["params"], strict=True)
+        ]
+
+    def _key(self, index: int, state: dict[str, Any], group: dict[str, Any], stream: Stream) -> int:
+        """Return a parameter's noise key at this step."""
+        return noise_key(group["seed"], int(state[OUTER_STEP]), index, stream)
+
+    def _update_param(
+        self, index: int, param: Tensor, direction: Tensor, state: dict[str, Any], group: dict[str, Any]
+    ) -> None:
+        """As :func:`update_param`, with the group's learning rate and weight decay."""
+        key = self._key(index, state, group, Stream.ROUND_PARAM)
+        update_param(param, direction, group["lr"], group["weight_decay"], key)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a param group, as in torch.optim; options that are not this optimizer's own go to the base."""
+        super().add_param_group(param_group)
+        try:
+            self._add_to_base(self.param_groups[-1])
+        except Exception:  # whatever the base has against the group: it is not in this optimizer either
+            self.param_groups.pop()
+            raise
+
+    def _add_to_base(self, group: dict[str, Any]) -> None:
+        """Give the base the shadows of a group; options and states it makes at once become the group's."""
+        shadows = {
+            "params": [torch.nn.Parameter(new_shadow(param)) for param in group["params"]],
+            **self._base_options(group),
+        }
+        if "base" in self.__dict__:
+            self.base.add_param_group(shadows)
+        else:
+            self.base = build_base(self._factory, shadows)
+        base_group = self.base.param_groups[-1]
+        for option, value in self._base_options(base_group).items():
+            group.setdefault(option, value)
+        for param, shadow in zip(group["params"], base_group["params"], strict=True):
+            if shadow in self.base.state and param not in self.state:
+                self.state[param] = self.base.state[shadow]
+
+    def _base_options(self, group: dict[str, Any]) -> dict[str, Any]:
+        """Return the options of a group, this optimizer's or the base's, that are the base's."""
+        return {option: value for option, value in group.items() if option not in self._own_options}
+
+    def __getstate__(self) -> dict[str, Any]:
+        # The base is built anew instead: many an optimizer loses attributes when it is copied or pickled.
+        return {**super().__getstate__(), "_factory": self._factory, "_own_options": self._own_options}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "_factory" in state:  # a copy or pickle; load_state_dict, which also comes here, keeps the base
+            for group in self.param_groups:
+                self._add_to_base(group)
+
+
+def build_base(factory: BaseFactory, group: dict[str, Any]) -> Optimizer:
+    """Return the base of one param group.
+
+    Raises:
+        TypeError: ``factory`` does not build a torch optimizer.
+    """
+    base = factory([group])
+    if not isinstance(base, Optimizer):
+        raise TypeError(f"base must build a torch.optim.Optimizer, not {type(base).__name__}")
+    return base
+
+
+def new_shadow(param: Tensor) -> Tensor:
+    """Return zeros for a parameter, in at least float32."""
+    dtype = torch.promote_types(param.dtype, torch.float32)
+    return torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
