@@ -12,11 +12,13 @@ from lightning_stosign.optim import (
     state_bytes,
 )
 from lightning_stosign.precision import Float8Precision
+from lightning_stosign.strategies import SignDDPStrategy
 
 __all__ = [
     "Float8Precision",
     "OptimizerStateMonitor",
     "SignConverted",
+    "SignDDPStrategy",
     "SignSGD",
     "StateCollapseError",
     "StateCollapseGuard",

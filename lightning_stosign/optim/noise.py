@@ -29,6 +29,8 @@ class Stream(IntEnum):
     UPDATE = 0  # the n_t of sign(m_t + G_t * n_t)
     ROUND_STATE = 1  # stochastic rounding of the stored momentum
     ROUND_PARAM = 2  # stochastic rounding of a bfloat16 or float16 parameter
+    WORKER = 3  # the sign that a worker sends; the seed is made of the rank too
+    TIE = 4  # the casting vote on a coordinate, the same for all workers
 
 
 def noise_key(seed: int, step: int, index: int, stream: Stream = Stream.UPDATE) -> int:

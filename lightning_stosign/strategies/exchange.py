@@ -1,0 +1,197 @@
+"""A DDP communication hook that sends one bit per gradient coordinate."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.futures import Future
+
+from lightning_stosign.strategies.compression import (
+    Layout,
+    SignCode,
+    add_residuals_,
+    collect_,
+    decode_,
+    keep_residuals_,
+)
+from lightning_stosign.strategies.launch import Launcher, StreamLauncher, ThreadLauncher
+from lightning_stosign.strategies.packing import count_votes, majority, pack_signs, unpack_counts
+from lightning_stosign.strategies.wire import Wire
+
+Aggregation = Literal["majority", "mean"]
+
+
+class SignExchange:
+    """Replaces DDP's all_reduce: signs up, votes counted in equal parts by all workers, their result down.
+
+    Register it with ``ddp_model.register_comm_hook(exchange, sign_hook)``. A bucket's ``n`` compressed values cost a
+    worker ``n (W - 1) / 8 W`` bytes up, as many down for ``majority``, and ``W.bit_length()`` times as many down for
+    ``mean``, which needs the number of votes; besides 4 bytes a parameter tensor for its scale.
+
+    Everything but the rank is the same on all workers, and so is the result, bit for bit. It depends on the values of a
+    parameter, the step and the seed, not on how DDP groups parameters into buckets.
+
+    Args:
+        params: the model's parameters by name; their order numbers them.
+        compressed: names of those to compress; the others are averaged in their own precision.
+        wire: the connection to the other workers; used by nobody else while a backward pass runs.
+        aggregation: ``"majority"`` or ``"mean"``.
+        stochastic: stochastic signs, or plain ones.
+        error_feedback: add what the signs lost to the next gradient; for plain signs.
+        warmup_steps: how many steps go uncompressed before the first compressed one.
+        seed: of the noise.
+    """
+
+    def __init__(
+        self,
+        params: Mapping[str, nn.Parameter],
+        compressed: set[str],
+        wire: Wire,
+        *,
+        aggregation: Aggregation,
+        stochastic: bool,
+        error_feedback: bool,
+        warmup_steps: int,
+        seed: int,
+    ) -> None:
+        self.step = 0  # of the last backward pass that exchanged gradients, from 1
+        self.wire = wire
+        self._names = {param: (index, name) for index, (name, param) in enumerate(params.items())}
+        self._compressed = compressed
+        self._aggregation = aggregation
+        self._code = SignCode(stochastic, seed, wire.rank)
+        self._residuals: dict[str, Tensor] | None = {} if error_feedback else None
+        self._warmup_steps = warmup_steps
+        self._bytes_before = 0
+        self._scratch = torch.empty(0)
+        self._launcher: Launcher | None = None
+
+    @property
+    def bytes_sent(self) -> int:
+        """Bytes that this worker sent in the last step."""
+        return self.wire.bytes_sent - self._bytes_before
+
+    def start(self, bucket: dist.GradBucket) -> Future[Tensor]:
+        """Start the exchange of a bucket and return the future of its averaged gradients."""
+        if bucket.index() == 0:  # DDP's buckets come in order
+            self.step += 1
+            self._bytes_before = self.wire.bytes_sent
+        flat = bucket.buffer()
+        layout = self._layout(bucket.parameters())
+        if self._launcher is None:
+            self._launcher = ThreadLauncher() if flat.device.type == "cpu" else StreamLauncher(flat.device)
+        return self._launcher.submit(self._job(flat, layout, self.step))
+
+    def close(self) -> bool:
+        """End the thread and return whether the process group is idle."""
+        return self._launcher is None or self._launcher.close()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return, on rank 0, what a checkpoint needs: the step and all residuals. All workers must call it."""
+        state: dict[str, Any] = {"step": self.step}
+        if self._residuals is not None:
+            gathered = {name: self.wire.gather(mine) for name, mine in sorted(self._residuals.items())}
+            state["residuals"] = [
+                {name: of_workers[rank].cpu() for name, of_workers in gathered.items() if of_workers}
+                for rank in range(self.wire.workers)
+            ]
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue where a checkpoint left off.
+
+        Where the number of workers has changed, each starts from the mean of the saved residuals: that is what all of
+        them together still owe to the parameters.
+        """
+        self.step = state["step"]
+        saved = state.get("residuals")
+        if self._residuals is None or not saved:
+            return
+        device = next(iter(self._names)).device
+        if len(saved) == self.wire.workers:
+            mine = saved[self.wire.rank]
+        else:
+            mine = {name: torch.stack([of_worker[name] for of_worker in saved]).mean(0) for name in saved[0]}
+        self._residuals = {name: residual.to(device, copy=True) for name, residual in mine.items()}
+
+    def _layout(self, params: list[Tensor]) -> Layout:
+        layout = Layout(self.wire.workers)
+        for param in params:
+            index, name = self._names[param]  # type: ignore[index]
+            layout.add(name, index, param.numel(), compress=name in self._compressed)
+        return layout
+
+    def _job(self, flat: Tensor, layout: Layout, step: int) -> Callable[[], Tensor]:
+        def job() -> Tensor:
+            try:
+                with torch.no_grad():
+                    self._exchange(flat, layout, step)
+            except RuntimeError as error:
+                raise RuntimeError(
+                    f"worker {self.wire.rank} of {self.wire.workers} could not exchange the gradients of step {step}: "
+                    f"{error}\nAnother worker has probably ended: its own output says why. Training can be resumed "
+                    "from the last checkpoint, with the same or another number of workers."
+                ) from error
+            return flat
+
+        return job
+
+    def _exchange(self, flat: Tensor, layout: Layout, step: int) -> None:
+        if step <= self._warmup_steps:
+            self.wire.all_reduce_(flat.div_(self.wire.workers))
+            return
+        if layout.exact:
+            self._average_exact(flat, layout)
+        if layout.compressed:
+            self._vote(flat, layout, step)
+
+    def _average_exact(self, flat: Tensor, layout: Layout) -> None:
+        values = torch.cat([s.of_bucket(flat) for s in layout.exact])
+        self.wire.all_reduce_(values.div_(self.wire.workers))
+        for s in layout.exact:
+            s.of_bucket(flat).copy_(s.of(values))
+
+    def _vote(self, flat: Tensor, layout: Layout, step: int) -> None:
+        workers, code = self.wire.workers, self._code
+        values = self._values(flat, layout)
+        collect_(values, flat, layout.compressed)
+        if self._residuals is not None:
+            add_residuals_(values, layout, self._residuals)
+
+        scales = code.local_scales(values, layout)
+        self.wire.all_reduce_(scales, dist.ReduceOp.MAX if code.stochastic else dist.ReduceOp.SUM)
+        if not code.stochastic:
+            scales.div_(workers)
+
+        code.perturb_(values, layout, scales, step)
+        zero_is_positive = code.zero_is_positive(step)
+        signs = pack_signs(values.view(workers, -1), zero_is_positive=zero_is_positive)
+        if self._residuals is not None:
+            keep_residuals_(values, layout, scales, self._residuals, zero_is_positive=zero_is_positive)
+
+        # All votes on this worker's part; with an even number of workers, one more for ties.
+        breaks_ties = self._aggregation == "majority" and workers % 2 == 0
+        votes = torch.empty((workers + breaks_ties, layout.width), dtype=torch.uint8, device=flat.device)
+        self.wire.all_to_all(signs, votes[:workers])
+        if breaks_ties:
+            coins = code.tie_breaker(layout, step, values[: 8 * layout.width])
+            pack_signs(coins.view(1, -1), out=votes[workers:])
+
+        result = majority(votes) if self._aggregation == "majority" else count_votes(votes)
+        unpack_counts(self.wire.all_gather(result), values.view(workers, -1))
+        decode_(flat, values, layout, scales, voters=1 if self._aggregation == "majority" else workers)
+
+    def _values(self, flat: Tensor, layout: Layout) -> Tensor:
+        """Return room for the compressed values. Kept from bucket to bucket: new memory costs more than the packing."""
+        dtype = torch.promote_types(flat.dtype, torch.float32)
+        scratch = self._scratch
+        if scratch.numel() < layout.padded or scratch.dtype != dtype or scratch.device != flat.device:
+            self._scratch = torch.empty(layout.padded, dtype=dtype, device=flat.device)
+        return self._scratch[: layout.padded]
+
+
+def sign_hook(state: SignExchange, bucket: dist.GradBucket) -> Future[Tensor]:
+    """The communication hook; ``state`` does the work."""
+    return state.start(bucket)
