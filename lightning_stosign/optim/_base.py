@@ -3,8 +3,9 @@
 import math
 import warnings
 from abc import ABC, abstractmethod
+from collections import defaultdict
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import Optimizer, ParamsT, StateDict
 
 from lightning_stosign.optim.noise import Stream, noise_key
-from lightning_stosign.optim.state_precision import FLOAT32, StatePrecision, precision_of
+from lightning_stosign.optim.state_precision import FLOAT32, FP8_DTYPES, StatePrecision, precision_of
 from lightning_stosign.optim.storage import init_state, read_state, round_stochastically, write_state
 
 
@@ -61,7 +62,6 @@ class StrictOptimizer(Optimizer, ABC):
             group: its param group.
         """
 
-    @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Perform one optimization step.
 
@@ -75,6 +75,13 @@ class StrictOptimizer(Optimizer, ABC):
             RuntimeError: a gradient is sparse, or is not finite under ``on_nonfinite="raise"``; no parameter and no
                 state has been touched then.
         """
+        return self._step(closure)
+
+    # A torch.compile around a step leaves this as it is: the step brings its own kernels, and its noise keys change
+    # each time, so that a trace would hold once. Apart from step(), which torch wraps: it would lose the mark.
+    @torch.compiler.disable
+    @torch.no_grad()
+    def _step(self, closure: Callable[[], Any] | None) -> Any:
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -93,6 +100,12 @@ class StrictOptimizer(Optimizer, ABC):
         for group in self.param_groups:
             for param in group["params"]:
                 index += 1
+                if param.is_meta and param.requires_grad:
+                    raise RuntimeError(
+                        f"{type(self).__name__}: {self._name(param)} is still on the meta device; materialise the "
+                        "model, then create the optimizer (or move the very same parameters, by "
+                        "torch.utils.swap_tensors)"
+                    )
                 if param.grad is None or param.numel() == 0:
                     continue
                 if param.grad.is_sparse:
@@ -160,9 +173,22 @@ class StrictOptimizer(Optimizer, ABC):
             before.remove()
             after.remove()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what pickle and deepcopy keep; FP8 tensors as bytes, since torch (2.13) cannot unpickle them."""
+        kept = super().__getstate__()
+        packed = {
+            param: {name: _pack(value) for name, value in state.items()} for param, state in kept["state"].items()
+        }
+        return {**kept, "state": defaultdict(dict, packed)}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore from a pickle or state_dict; options that did not exist when it was made take their defaults."""
         super().__setstate__(state)
+        for values in self.state.values():
+            for name, value in values.items():
+                values[name] = value.unpack() if isinstance(value, _Bytes) else value
+            if "step" in values and not isinstance(values["step"], Tensor):
+                values["step"] = torch.tensor(int(values["step"]))
         for group in self.param_groups:
             for option, value in self.defaults.items():
                 if option != "differentiable":  # torch's own, of no use here
@@ -208,10 +234,11 @@ class StoredState:
         precision = precision_of(state, group)
         if precision is not None and not precision.applies_to(param):
             precision = None
-        if not state:
+        if "step" not in state:
             # int64: exact beyond float32's 2**24 steps. On the CPU, where reading it costs no synchronisation.
             state["step"] = torch.zeros((), dtype=torch.int64)
-            for name in names:
+        for name in names:  # one by one: a momentum can be switched on in the middle of a run
+            if name not in state:
                 init_state(state, name, param, precision)
         state["step"] += 1
         self._state = state
@@ -257,6 +284,22 @@ def update_param(param: Tensor, direction: Tensor, lr: float | Tensor, weight_de
         param.copy_(round_stochastically(value, param.dtype, key))
 
 
+class _Bytes(NamedTuple):
+    """An FP8 tensor on its way through a pickle."""
+
+    data: Tensor
+    dtype: torch.dtype
+
+    def unpack(self) -> Tensor:
+        return self.data.view(self.dtype)
+
+
+def _pack(value: Any) -> Any:
+    if isinstance(value, Tensor) and value.dtype in FP8_DTYPES:
+        return _Bytes(value.view(torch.uint8), value.dtype)
+    return value
+
+
 def check_number(name: str, value: Any, low: float = 0.0, high: float = math.inf) -> None:
     """Raise unless ``value`` is a finite number with low <= value <= high."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
@@ -270,7 +313,7 @@ def check_lr(lr: Any) -> None:
     """Raise unless ``lr`` is a finite number >= 0, or a tensor of one such."""
     if isinstance(lr, Tensor):
         if lr.numel() != 1:
-            raise ValueError(f"lr of shape {list(lr.shape)} must be a number or a tensor with one element")
+            raise ValueError(f"lr of shape {list(lr.shape)}: a Tensor lr must be 1-element")
         lr = lr.item()
     check_number("lr", lr)
 
