@@ -187,8 +187,6 @@ class StrictOptimizer(Optimizer, ABC):
         for values in self.state.values():
             for name, value in values.items():
                 values[name] = value.unpack() if isinstance(value, _Bytes) else value
-            if "step" in values and not isinstance(values["step"], Tensor):
-                values["step"] = torch.tensor(int(values["step"]))
         for group in self.param_groups:
             for option, value in self.defaults.items():
                 if option != "differentiable":  # torch's own, of no use here
@@ -210,6 +208,11 @@ class LowPrecisionOptimizer(StrictOptimizer):
         if param_group.get("state_precision") is not None:
             param_group["state_precision"] = str(StatePrecision.parse(param_group["state_precision"]))
         super().add_param_group(param_group)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for values in self.state.values():  # a count that was saved as a plain number
+            values["step"] = torch.as_tensor(values["step"], dtype=torch.int64)
 
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)

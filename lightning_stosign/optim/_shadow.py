@@ -49,9 +49,9 @@ class ShadowOptimizer(StrictOptimizer):
     def _set_base_options(self, group: dict[str, Any], base_group: dict[str, Any]) -> None:
         """Set the base's learning rate and weight decay; its other options are already the group's."""
 
+    @torch.compiler.disable
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Perform one step; arguments, result and errors as in :meth:`StrictOptimizer.step`."""
+    def _step(self, closure: Callable[[], Any] | None) -> Any:
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -77,6 +77,8 @@ class ShadowOptimizer(StrictOptimizer):
         shadows = {param: shadow for param, shadow in self._pairs() if param in updated}
         for param, shadow in shadows.items():
             assert param.grad is not None
+            if shadow.is_meta:  # made before its parameter was materialised
+                torch.utils.swap_tensors(shadow, torch.nn.Parameter(new_shadow(param)))
             shadow.data = self._shadow(param)
             shadow.grad = param.grad.to(shadow.dtype)
             self.base.state[shadow] = self.state[param]

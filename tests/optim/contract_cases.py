@@ -13,7 +13,7 @@ from torch.testing._internal.common_optimizers import (
     get_error_inputs_for_all_optims,
 )
 
-from lightning_stosign import SignSGD, StoSignSGD
+from lightning_stosign import SignConverted, SignSGD, StoSignSGD
 
 COMMON = [
     {},
@@ -48,6 +48,13 @@ def info(cls, inputs, errors, fused=False):
     )
 
 
+class SignConvertedAdamax(SignConverted):
+    """One base, so that it can be constructed as the others are."""
+
+    def __init__(self, params, **options):
+        super().__init__(params, torch.optim.Adamax, **options)
+
+
 INFOS = [
     info(
         StoSignSGD,
@@ -56,6 +63,11 @@ INFOS = [
         fused=True,
     ),
     info(SignSGD, [*COMMON, {"momentum": 0.0}, {"momentum": 0.99}], [({"momentum": -0.5}, "momentum=-0.5")]),
+    info(
+        SignConvertedAdamax,
+        [*COMMON[:4], {"stochastic": False}, {"normalize": True}],
+        [({"weight_decay": -1.0}, "weight_decay=-1.0"), ({"stochastic": 2}, "stochastic=2")],
+    ),
 ]
 
 each_info = pytest.mark.parametrize("info", INFOS, ids=lambda info: info.name)

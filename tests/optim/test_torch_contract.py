@@ -194,10 +194,16 @@ def test_state_dict_without_later_options_loads(info):
     assert_same_params(model, other)
 
 
+def skip_unless_it_stores_its_states(optimizer):
+    if "state_precision" not in optimizer.defaults:
+        pytest.skip("another optimizer's states")
+
+
 @each_info
 def test_step_count_saved_as_a_number_loads(info):
     model, other = net(), net()
     optimizer, loaded = info.optim_cls(model.parameters()), info.optim_cls(other.parameters())
+    skip_unless_it_stores_its_states(optimizer)
     train(model, optimizer, range(2))
     state_dict = copy.deepcopy(optimizer.state_dict())
     for state in state_dict["state"].values():
@@ -214,6 +220,7 @@ def test_step_count_saved_as_a_number_loads(info):
 def test_states_load_into_parameters_of_another_dtype(info):
     model, other = net(), net(torch.float64)
     optimizer, loaded = info.optim_cls(model.parameters()), info.optim_cls(other.parameters())
+    skip_unless_it_stores_its_states(optimizer)
     train(model, optimizer, range(2))
     loaded.load_state_dict(optimizer.state_dict())
     assert_same_state(optimizer, loaded)
@@ -261,11 +268,15 @@ def test_hooks_run_in_torch_s_order(info):
     x = nn.Parameter(torch.ones(2))
     optimizer, order = info.optim_cls([x]), []
     x.grad = torch.ones(2)
+
+    def note(name):
+        return lambda stepped, *_: order.append(name) if stepped is optimizer else None  # and not one inside it
+
     handles = [
-        optimizer.register_step_pre_hook(lambda *_: order.append("pre")),
-        optimizer.register_step_post_hook(lambda *_: order.append("post")),
-        register_optimizer_step_pre_hook(lambda *_: order.append("global pre")),
-        register_optimizer_step_post_hook(lambda *_: order.append("global post")),
+        optimizer.register_step_pre_hook(note("pre")),
+        optimizer.register_step_post_hook(note("post")),
+        register_optimizer_step_pre_hook(note("global pre")),
+        register_optimizer_step_post_hook(note("global post")),
     ]
     optimizer.step()
     for handle in handles:
@@ -297,7 +308,8 @@ def test_default_dtype_of_the_process_does_not_matter(info):
             torch.set_default_dtype(torch.float32)
         results.append((model, optimizer))
     assert_same_params(results[0][0], results[1][0])
-    assert_same_state(results[0][1], results[1][1])
+    if "state_precision" in results[0][1].defaults:  # torch's own step counts are of the default dtype
+        assert_same_state(results[0][1], results[1][1])
 
 
 @each_case

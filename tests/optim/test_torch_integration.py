@@ -19,8 +19,8 @@ SCHEDULERS = {
     lr_scheduler.PolynomialLR: lambda optimizer: lr_scheduler.PolynomialLR(optimizer, 4),
     lr_scheduler.CosineAnnealingLR: lambda optimizer: lr_scheduler.CosineAnnealingLR(optimizer, 4),
     lr_scheduler.CosineAnnealingWarmRestarts: lambda optimizer: lr_scheduler.CosineAnnealingWarmRestarts(optimizer, 2),
-    lr_scheduler.CyclicLR: lambda optimizer: lr_scheduler.CyclicLR(optimizer, 0.01, 0.1, 2),
-    lr_scheduler.OneCycleLR: lambda optimizer: lr_scheduler.OneCycleLR(optimizer, 0.1, 6),
+    lr_scheduler.CyclicLR: lambda optimizer: lr_scheduler.CyclicLR(optimizer, 0.01, 0.1, 2, cycle_momentum=False),
+    lr_scheduler.OneCycleLR: lambda optimizer: lr_scheduler.OneCycleLR(optimizer, 0.1, 6, cycle_momentum=False),
     lr_scheduler.ReduceLROnPlateau: lambda optimizer: lr_scheduler.ReduceLROnPlateau(optimizer, patience=0),
     lr_scheduler.SequentialLR: lambda optimizer: lr_scheduler.SequentialLR(
         optimizer, [lr_scheduler.LinearLR(optimizer), lr_scheduler.ExponentialLR(optimizer, 0.5)], [2]
