@@ -3,6 +3,7 @@
 from lightning_stosign.callbacks import OptimizerStateMonitor, StateCollapseError, StateCollapseGuard
 from lightning_stosign.module import StoSignConfig, StoSignMixin
 from lightning_stosign.optim import (
+    OnlineToNonconvex,
     SignConverted,
     SignSGD,
     StatePrecision,
@@ -16,6 +17,7 @@ from lightning_stosign.strategies import SignDDPStrategy
 
 __all__ = [
     "Float8Precision",
+    "OnlineToNonconvex",
     "OptimizerStateMonitor",
     "SignConverted",
     "SignDDPStrategy",

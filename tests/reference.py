@@ -103,3 +103,27 @@ def sign_converted_adamax(x, grads, lr, beta1, beta2, eps, weight_decay, noises)
         x = x - lr * np.sign(m / (1 - beta1**t) + (u + eps) * n) - lr * weight_decay * x
         iterates.append(x)
     return iterates
+
+
+def online_to_nonconvex(x, gradient, lr, beta1, beta2, radius, noises, scales):
+    """Algorithm 12 with StoSignSGD as the learner, float64. Returns the points at which gradients are taken."""
+    m, G, delta, points = np.zeros_like(x), np.zeros_like(x), np.zeros_like(x), []
+    for n, s in zip(noises, scales, strict=True):
+        points.append(x)
+        m = beta1 * m + (1 - beta1) * gradient(x)
+        G = np.maximum(beta2 * G, np.abs(m))
+        delta = np.clip(delta - lr * np.sign(m + G * n), -radius, radius)
+        x = x + s * delta
+    return points
+
+
+def relu_network(x, inputs, targets, hidden):
+    """Loss and gradient of 1/2 mean (a . relu(W z + b) - target)^2 in the flat x = (W, b, a)."""
+    n, d = inputs.shape
+    W, b, a = x[: hidden * d].reshape(hidden, d), x[hidden * d : hidden * (d + 1)], x[hidden * (d + 1) :]
+    before = inputs @ W.T + b
+    after = np.maximum(before, 0)
+    residual = after @ a - targets
+    back = (residual[:, None] * a) * (before > 0) / n
+    gradient = np.concatenate([(back.T @ inputs).ravel(), back.sum(0), after.T @ residual / n])
+    return 0.5 * np.mean(residual**2), gradient

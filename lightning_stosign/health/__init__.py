@@ -9,6 +9,7 @@ from lightning_stosign.health.forecast import (
     underflow_fraction,
 )
 from lightning_stosign.health.readers import Moments, UpdateRule, read_moments, register_update_rule
+from lightning_stosign.health.stationarity import GeneralizedStationarity, L1Stationarity, generalized_stationarity
 from lightning_stosign.health.statistics import (
     coordinate_health,
     log10_histogram,
@@ -17,11 +18,14 @@ from lightning_stosign.health.statistics import (
 )
 
 __all__ = [
+    "GeneralizedStationarity",
+    "L1Stationarity",
     "Moments",
     "Share",
     "UpdateRule",
     "check_format",
     "coordinate_health",
+    "generalized_stationarity",
     "log10_histogram",
     "noise_intensity",
     "nominal_change",

@@ -1,6 +1,7 @@
 """Optimizers that survive low precision."""
 
 from lightning_stosign.optim.emulation import emulate_state_precision
+from lightning_stosign.optim.online_to_nonconvex import OnlineToNonconvex
 from lightning_stosign.optim.promotion import promote_state
 from lightning_stosign.optim.sign_converted import SignConverted
 from lightning_stosign.optim.signsgd import SignSGD
@@ -9,6 +10,7 @@ from lightning_stosign.optim.storage import state_bytes
 from lightning_stosign.optim.stosign import StoSignSGD
 
 __all__ = [
+    "OnlineToNonconvex",
     "SignConverted",
     "SignSGD",
     "StatePrecision",

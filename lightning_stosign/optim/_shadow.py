@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from lightning_stosign.optim._base import StrictOptimizer, update_param
+from lightning_stosign.optim._base import StrictOptimizer
 from lightning_stosign.optim.noise import Stream, noise_key
 
 # What builds the other optimizer of param groups: its class, or a functools.partial of it.
@@ -32,10 +32,11 @@ class ShadowOptimizer(StrictOptimizer):
     """
 
     base: Optimizer
+    _argument = "base"  # what a subclass calls the factory
 
     def __init__(self, params: ParamsT, factory: BaseFactory, defaults: dict[str, Any]) -> None:
         if not callable(factory):
-            raise TypeError(f"base={factory!r} must be a function of param groups, such as an optimizer class")
+            raise TypeError(f"{self._argument}={factory!r} must be a function of param groups, e.g. an optimizer class")
         self._factory = factory
         self._own_options = frozenset({"params", "param_names", *defaults})
         super().__init__(params, defaults)
@@ -104,13 +105,6 @@ class ShadowOptimizer(StrictOptimizer):
         """Return a parameter's noise key at this step."""
         return noise_key(group["seed"], int(state[OUTER_STEP]), index, stream)
 
-    def _update_param(
-        self, index: int, param: Tensor, direction: Tensor, state: dict[str, Any], group: dict[str, Any]
-    ) -> None:
-        """As :func:`update_param`, with the group's learning rate and weight decay."""
-        key = self._key(index, state, group, Stream.ROUND_PARAM)
-        update_param(param, direction, group["lr"], group["weight_decay"], key)
-
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a param group, as in torch.optim; options that are not this optimizer's own go to the base."""
         super().add_param_group(param_group)
@@ -129,7 +123,7 @@ class ShadowOptimizer(StrictOptimizer):
         if "base" in self.__dict__:
             self.base.add_param_group(shadows)
         else:
-            self.base = build_base(self._factory, shadows)
+            self.base = build_base(self._factory, shadows, self._argument)
         base_group = self.base.param_groups[-1]
         for option, value in self._base_options(base_group).items():
             group.setdefault(option, value)
@@ -152,7 +146,7 @@ class ShadowOptimizer(StrictOptimizer):
                 self._add_to_base(group)
 
 
-def build_base(factory: BaseFactory, group: dict[str, Any]) -> Optimizer:
+def build_base(factory: BaseFactory, group: dict[str, Any], argument: str = "base") -> Optimizer:
     """Return the base of one param group.
 
     Raises:
@@ -160,7 +154,7 @@ def build_base(factory: BaseFactory, group: dict[str, Any]) -> Optimizer:
     """
     base = factory([group])
     if not isinstance(base, Optimizer):
-        raise TypeError(f"base must build a torch.optim.Optimizer, not {type(base).__name__}")
+        raise TypeError(f"{argument} must build a torch.optim.Optimizer, not {type(base).__name__}")
     return base
 
 

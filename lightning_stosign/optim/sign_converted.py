@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from lightning_stosign.optim._base import check_choice, check_seed
+from lightning_stosign.optim._base import check_choice, check_seed, update_param
 from lightning_stosign.optim._convertible import refuse_unless_convertible, set_lr
 from lightning_stosign.optim._shadow import BaseFactory, ShadowOptimizer, new_shadow
 from lightning_stosign.optim.noise import Stream, uniform_noise
@@ -142,4 +142,5 @@ class SignConverted(ShadowOptimizer):
         else:
             direction = u if sigma is None else u.div_(sigma).masked_fill_(sigma == 0, 0)
         # x_{t+1} = x_t - eta direction - eta lambda x_t
-        self._update_param(index, param, direction, state, group)
+        rounding = self._key(index, state, group, Stream.ROUND_PARAM)
+        update_param(param, direction, group["lr"], group["weight_decay"], rounding)
