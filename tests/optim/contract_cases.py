@@ -13,7 +13,7 @@ from torch.testing._internal.common_optimizers import (
     get_error_inputs_for_all_optims,
 )
 
-from lightning_stosign import SignConverted, SignSGD, StoSignSGD
+from lightning_stosign import OnlineToNonconvex, SignConverted, SignSGD, StoSignSGD
 
 COMMON = [
     {},
@@ -79,8 +79,11 @@ def _cases(infos):
             yield pytest.param(partial(info.optim_cls, **case.kwargs), id=f"{info.name}-{case.desc}")
 
 
+# Its step is not the learning rate's size, which the tests of each_info are about.
+ONLINE_TO_NONCONVEX = info(OnlineToNonconvex, [*COMMON[:4], {"radius": 0.5, "window": 3}], [])
+
 # Every option of every optimizer, as a function of the parameters; with fused=True too, where there is that.
-each_case = pytest.mark.parametrize("build", list(_cases(INFOS)))
+each_case = pytest.mark.parametrize("build", list(_cases([*INFOS, ONLINE_TO_NONCONVEX])))
 
 
 def net(dtype=torch.float32):
