@@ -3,6 +3,7 @@
 from lightning_stosign.callbacks import OptimizerStateMonitor, StateCollapseError, StateCollapseGuard
 from lightning_stosign.module import StoSignConfig, StoSignMixin
 from lightning_stosign.optim import (
+    ALIAS,
     OnlineToNonconvex,
     SignConverted,
     SignSGD,
@@ -16,6 +17,7 @@ from lightning_stosign.precision import Float8Precision
 from lightning_stosign.strategies import SignDDPStrategy
 
 __all__ = [
+    "ALIAS",
     "Float8Precision",
     "OnlineToNonconvex",
     "OptimizerStateMonitor",

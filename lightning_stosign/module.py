@@ -14,13 +14,14 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from lightning_stosign.optim._base import check_choice, check_number
+from lightning_stosign.optim.alias import ALIAS
 from lightning_stosign.optim.emulation import emulate_state_precision
 from lightning_stosign.optim.sign_converted import SignConverted
 from lightning_stosign.optim.signsgd import SignSGD
 from lightning_stosign.optim.state_precision import StatePrecision
 from lightning_stosign.optim.stosign import StoSignSGD
 
-OptimizerName = Literal["stosign", "signsgd", "adamw", "lion", "muon", "sign-adamw"]
+OptimizerName = Literal["stosign", "signsgd", "adamw", "lion", "muon", "sign-adamw", "alias"]
 Schedule = Literal["cosine", "linear", "constant", "wsd"]
 
 _DEFAULT_BETAS: dict[str, tuple[float, float]] = {
@@ -30,6 +31,7 @@ _DEFAULT_BETAS: dict[str, tuple[float, float]] = {
     "lion": (0.9, 0.99),
     "muon": (0.9, 0.95),
     "sign-adamw": (0.9, 0.95),
+    "alias": (0.9, 0.999),
 }
 
 _NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
@@ -43,10 +45,11 @@ class StoSignConfig:
     Args:
         optimizer: ``"stosign"`` (:class:`StoSignSGD`), ``"signsgd"`` (:class:`SignSGD`), ``"adamw"`` (torch),
             ``"lion"`` (pytorch_optimizer), ``"muon"`` (torch's Muon for the matrices, AdamW for the rest),
-            ``"sign-adamw"`` (:class:`SignConverted` of torch's AdamW).
-        lr: peak learning rate, >= 0.
+            ``"sign-adamw"`` (:class:`SignConverted` of torch's AdamW), ``"alias"`` (:class:`ALIAS`, Adam-style: finds
+            its own step size, of which the schedule is a factor).
+        lr: peak learning rate, >= 0. Not used by alias.
         betas: the optimizer's betas. None: ``(0.9, 1.0)`` for stosign, ``(0.9, 0.95)`` for adamw, muon and sign-adamw,
-            ``(0.9, 0.99)`` for lion; of signsgd's, 0.9, only the first is used.
+            ``(0.9, 0.99)`` for lion, ``(0.9, 0.999)`` for alias; of signsgd's, 0.9, only the first is used.
         weight_decay: decoupled weight decay of the parameters that ``no_decay`` does not exempt, >= 0.
         no_decay: what is exempt: the kinds ``"bias"``, ``"norm"`` and ``"embedding"``, and globs on parameter names.
         warmup_steps: optimizer steps over which lr rises linearly from lr / warmup_steps, >= 0.
@@ -58,8 +61,8 @@ class StoSignConfig:
             cannot store them so get :func:`emulate_state_precision`. None: in full precision.
         stochastic: False gives the in-expectation form of stosign and sign-adamw.
         seed: of their noise.
-        on_nonfinite: what stosign, signsgd and sign-adamw do about a gradient with inf or NaN: ``"raise"`` or
-            ``"skip"``.
+        on_nonfinite: what stosign, signsgd, sign-adamw and alias do about a gradient with inf or NaN: ``"raise"``
+            or ``"skip"``.
 
     Raises:
         ValueError: an argument is out of range.
@@ -140,7 +143,15 @@ class StoSignConfig:
                 state_precision=self.state_precision,
                 on_nonfinite=self.on_nonfinite,
             )
-        if self.optimizer == "adamw":
+        if self.optimizer == "alias":
+            optimizer = ALIAS(
+                groups,
+                momentum=betas[0],
+                beta2=betas[1],
+                weight_decay=self.weight_decay,
+                on_nonfinite=self.on_nonfinite,
+            )
+        elif self.optimizer == "adamw":
             optimizer = torch.optim.AdamW(groups, lr=self.lr, betas=betas, weight_decay=self.weight_decay)
         elif self.optimizer == "lion":
             optimizer = _lion(groups, lr=self.lr, betas=betas, weight_decay=self.weight_decay)
@@ -238,6 +249,9 @@ class StoSignMixin:
         config = self.stosign
         module = self._as_module()
         optimizer = config.build_optimizer(self.param_groups())
+        if isinstance(optimizer, ALIAS):
+            for group in optimizer.param_groups:
+                group["accumulate_grad_batches"] = module.trainer.accumulate_grad_batches
         if config.schedule == "constant" and config.warmup_steps == 0:
             return {"optimizer": optimizer}
         total = math.inf if config.schedule == "constant" else module.trainer.estimated_stepping_batches

@@ -15,7 +15,7 @@ from lightning_stosign import SignSGD, StatePrecision, StoSignConfig, StoSignMix
 from lightning_stosign.module import lr_factor
 from lightning_stosign.optim.muon import MuonAdamW
 
-NAMES = ["stosign", "signsgd", "adamw", "lion", "muon"]
+NAMES = ["stosign", "signsgd", "adamw", "lion", "muon", "alias"]
 
 
 class Model(StoSignMixin, pl.LightningModule):
@@ -34,8 +34,9 @@ class Model(StoSignMixin, pl.LightningModule):
     def training_step(self, batch, batch_idx):
         return self.head(self.norm(self.first(batch))).square().mean()
 
-    def on_before_optimizer_step(self, optimizer):
+    def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure=None):
         self.lrs.append([group["lr"] for group in optimizer.param_groups])
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
 
     def train_dataloader(self):
         return DataLoader(torch.randn(32, 3, generator=torch.Generator().manual_seed(1)), batch_size=4)
@@ -119,6 +120,7 @@ def test_a_state_precision_becomes_its_name():
         ("adamw", {"lr": 0.02, "betas": (0.9, 0.95)}),
         ("lion", {"lr": 0.02, "betas": (0.9, 0.99), "weight_decouple": True}),
         ("muon", {"lr": 0.02, "betas": (0.9, 0.95)}),
+        ("alias", {"lr": 1.0, "momentum": 0.9, "beta2": 0.999, "on_nonfinite": "skip"}),
     ],
 )
 def test_options_reach_the_optimizer(name, expected):
@@ -132,9 +134,9 @@ def test_options_reach_the_optimizer(name, expected):
 def test_betas_reach_the_optimizer(name):
     config = StoSignConfig(name, betas=(0.8, 0.85))
     group = config.build_optimizer([{"params": [nn.Parameter(torch.ones(2, 2))], "use_muon": True}]).param_groups[0]
-    assert (group["momentum"] if name in ("signsgd", "muon") else group["betas"]) == (
-        0.8 if name in ("signsgd", "muon") else (0.8, 0.85)
-    )
+    options = {"signsgd": {"momentum": 0.8}, "muon": {"momentum": 0.8}, "alias": {"momentum": 0.8, "beta2": 0.85}}
+    expected = options.get(name, {"betas": (0.8, 0.85)})
+    assert {option: group[option] for option in expected} == expected
 
 
 @pytest.mark.parametrize("name", ["stosign", "signsgd"])
@@ -380,7 +382,8 @@ def linear(**options):
 @pytest.mark.parametrize("name", NAMES)
 def test_the_schedule_reaches_all_param_groups(name):
     model, _ = fit(StoSignConfig(name, lr=0.1, schedule="linear", min_lr_ratio=0.0, warmup_steps=2), max_steps=4)
-    expected = [0.05, 0.1, 0.1, 0.05]
+    peak = 1.0 if name == "alias" else 0.1  # a factor on the step size that it finds
+    expected = [0.5 * peak, peak, peak, 0.5 * peak]
     assert [len(set(lrs)) for lrs in model.lrs] == [1] * 4
     assert [lrs[0] for lrs in model.lrs] == pytest.approx(expected)
     assert len(model.lrs[0]) == 2

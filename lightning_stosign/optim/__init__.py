@@ -1,5 +1,6 @@
 """Optimizers that survive low precision."""
 
+from lightning_stosign.optim.alias import ALIAS
 from lightning_stosign.optim.emulation import emulate_state_precision
 from lightning_stosign.optim.online_to_nonconvex import OnlineToNonconvex
 from lightning_stosign.optim.promotion import promote_state
@@ -10,6 +11,7 @@ from lightning_stosign.optim.storage import state_bytes
 from lightning_stosign.optim.stosign import StoSignSGD
 
 __all__ = [
+    "ALIAS",
     "OnlineToNonconvex",
     "SignConverted",
     "SignSGD",
