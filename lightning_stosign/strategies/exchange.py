@@ -84,9 +84,14 @@ class SignExchange:
             self._launcher = ThreadLauncher() if flat.device.type == "cpu" else StreamLauncher(flat.device)
         return self._launcher.submit(self._job(flat, layout, self.step))
 
-    def close(self) -> bool:
-        """End the thread and return whether the process group is idle."""
-        return self._launcher is None or self._launcher.close()
+    def close(self) -> None:
+        """End the thread and its process group, unless a job is stuck in it."""
+        if self._launcher is None:
+            return
+        idle = self._launcher.close()
+        self._launcher = None
+        if idle:
+            self.wire.close()
 
     def state_dict(self) -> dict[str, Any]:
         """Return, on rank 0, what a checkpoint needs: the step and all residuals. All workers must call it."""

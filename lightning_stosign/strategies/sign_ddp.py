@@ -194,12 +194,9 @@ class SignDDPStrategy(DDPStrategy):
         return checkpoint
 
     def teardown(self) -> None:
-        """End the exchange and unwrap the model."""
+        """End the exchange, whose state may still be saved, and unwrap the model."""
         if self._exchange is not None:
-            idle = self._exchange.close()
-            if idle and self._exchange.wire.group is not None:
-                dist.destroy_process_group(self._exchange.wire.group)
-            self._exchange = None
+            self._exchange.close()
         super().teardown()
 
 

@@ -37,8 +37,17 @@ class Wire:
         self.bytes_sent += mine.nbytes * (self.workers - 1)
         return out
 
+    def close(self) -> None:
+        """Close the group, if it is not the default one."""
+        if self.group is not None:
+            dist.destroy_process_group(self.group)
+            self.group = None
+
     def gather(self, mine: Tensor) -> list[Tensor]:
-        """Return every worker's tensor on worker 0, an empty list on the others; not counted."""
+        """Return every worker's tensor on worker 0, an empty list on the others; not counted.
+
+        Through the default group, so that it works after the wire's own is closed.
+        """
         out = [torch.empty_like(mine) for _ in range(self.workers)] if self.rank == 0 else None
-        dist.gather(mine, out, group=self.group)
+        dist.gather(mine, out)
         return out or []

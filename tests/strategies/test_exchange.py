@@ -36,9 +36,9 @@ def gradients(rank, step, dtype=torch.float32):
     return {name: grad.to(dtype) for name, grad in grads.items()}
 
 
-def exchange_gradients(wire, *, bucket_cap_mb, dtype=torch.float32, warmup_steps=0, **options):
+def exchange_gradients(*, bucket_cap_mb=25, dtype=torch.float32, warmup_steps=0, **options):
     """Return each step's gradients after DDP's backward, and the bytes it sent."""
-    model = Prescribed(dtype)
+    model, wire = Prescribed(dtype), Wire(dist.new_group())
     exchange = SignExchange(
         dict(model.params.named_parameters()),
         set(COMPRESSED),
@@ -56,8 +56,8 @@ def exchange_gradients(wire, *, bucket_cap_mb, dtype=torch.float32, warmup_steps
         ddp(gradients(wire.rank, step, dtype)).backward()
         steps.append({name: param.grad.clone() for name, param in model.params.items()})
         sent.append(exchange.bytes_sent)
+    exchange.close()
     state = exchange.state_dict()
-    assert exchange.close()
     return {"grads": steps, "bytes": sent, "state": state}
 
 
@@ -69,13 +69,12 @@ CASES = {
 
 def all_cases(rank, workers):
     dist.init_process_group("gloo", rank=rank, world_size=workers)
-    wire = Wire(dist.new_group())
-    results = {name: exchange_gradients(wire, bucket_cap_mb=25, **options) for name, options in CASES.items()}
+    results = {name: exchange_gradients(**options) for name, options in CASES.items()}
     mean = CASES["mean stochastic"]
-    results["many buckets"] = exchange_gradients(wire, bucket_cap_mb=1e-4, **mean)
-    results["warm-up"] = exchange_gradients(wire, bucket_cap_mb=25, warmup_steps=2, **mean)
-    results["bfloat16"] = exchange_gradients(wire, bucket_cap_mb=25, dtype=torch.bfloat16, **mean)
-    results["feedback"] = exchange_gradients(wire, bucket_cap_mb=25, error_feedback=True, **CASES["mean plain"])
+    results["many buckets"] = exchange_gradients(bucket_cap_mb=1e-4, **mean)
+    results["warm-up"] = exchange_gradients(warmup_steps=2, **mean)
+    results["bfloat16"] = exchange_gradients(dtype=torch.bfloat16, **mean)
+    results["feedback"] = exchange_gradients(error_feedback=True, **CASES["mean plain"])
     return results
 
 
@@ -157,14 +156,13 @@ def test_feedback_owes_exactly_what_has_not_been_sent(results):
 
 def not_finite_on_one(rank, workers):
     dist.init_process_group("gloo", rank=rank, world_size=workers)
-    wire = Wire(dist.new_group())
     finite = {}
     for case, options in CASES.items():
         model = Prescribed()
         exchange = SignExchange(
             dict(model.params.named_parameters()),
             set(COMPRESSED),
-            wire,
+            Wire(dist.new_group()),
             error_feedback=False,
             warmup_steps=0,
             seed=0,
