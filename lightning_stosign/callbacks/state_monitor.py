@@ -6,16 +6,17 @@ from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lightning_stosign.callbacks._logging_gate import check_every_n_steps, is_due, record_step
+from lightning_stosign.callbacks._records import log_records
 from lightning_stosign.health.forecast import check_format
 from lightning_stosign.health.readers import read_moments
 from lightning_stosign.health.snapshot import Snapshot, parameters_of
-from lightning_stosign.health.statistics import log10_bin_edges
 
 PREFIX = "optimizer_state"
 
@@ -31,7 +32,8 @@ class _Begun(NamedTuple):
 class OptimizerStateMonitor(Callback):
     """Logs what is in an optimizer's state: zeros, magnitudes, what FP8 would lose, and the step really taken.
 
-    Works with this package's optimizers, every ``torch.optim`` optimizer, and any other for its floating-point states
+    Works with this package's optimizers, every ``torch.optim`` optimizer, torchao's, Transformer Engine's, bitsandbytes'
+    and pytorch_optimizer's, and any other for its floating-point states
     (:func:`lightning_stosign.health.register_update_rule` teaches it what such a one divides by what). Changes nothing:
     trained weights are bit-identical with and without it. Logs, under ``optimizer_state/`` (with several optimizers
     ``optimizer_state/<number>-<class>/``):
@@ -40,27 +42,38 @@ class OptimizerStateMonitor(Callback):
     ``zero_fraction/<state>``                    share of entries equal to 0
     ``abs_max/<state>``, ``rms/<state>``         largest magnitude, root mean square
     ``underflow_fraction/<state>/<format>``      share of nonzero entries that the format would store as 0
+    ``stalled_fraction/<state>/<format>``        share of entries whose next change the format would lose
     ``dead_fraction``                            share with numerator 0 and denominator 0: they cannot move
     ``exploding_fraction``                       share with denominator 0 and numerator not: Adam's quotient explodes
     ``update_rms``                               RMS of the step taken, without weight decay, divided by lr
     ``noise_rms``, ``sign_agreement``            stochastic sign: sqrt(mean(1 - u^2)), mean of (1 + abs(u)) / 2
     ``grad_abs_max``, ``grad_square_max``        largest magnitude of the gradient before clipping, and its square
-    ``log10_abs/<state>``                        histogram of log10 of the nonzero magnitudes (TensorBoard)
+    ``log10_quantile/<state>/<quantile>``        quantile of log10 of the nonzero magnitudes, to within 0.003
+    ``log10_abs/<state>``                        histogram of log10 of the nonzero magnitudes (TensorBoard, W&B)
     ============================================ =======================================================================
 
     each over all layers and, with ``per_layer``, for each as ``<tag>/<parameter name>``. States are read after the
-    update. Recording a step costs a copy of the parameters, a few passes over the states, and one transfer to the host;
-    a step that is not recorded costs nothing. ``update_rms`` of bfloat16 and float16 parameters includes their rounding.
+    update. A change is what the optimizer's formula adds for a gradient like the last one. Parameters that FSDP2 has
+    sharded are read where they lie, and the numbers are those of the whole model; the ranks of replicas have the same
+    states, so that one of them is read. Recording a step costs a copy of the parameters, a few passes over the states,
+    and one transfer to the host; a step that is not recorded costs nothing. ``update_rms`` of bfloat16 and float16
+    parameters includes their rounding; it is 0 for a step that the optimizer skipped.
 
     Args:
         every_n_steps: record every n-th optimizer step. None: as ``Trainer(log_every_n_steps)``.
         per_layer: also record each parameter.
         histograms: also record histograms.
-        forecast: formats by :class:`StatePrecision` name for ``underflow_fraction``, e.g. ``"fp8-raw:static_scale=1024"``.
+        forecast: formats for ``underflow_fraction`` and ``stalled_fraction``, by :class:`StatePrecision` name, e.g.
+            ``"fp8-raw:static_scale=1024"``, ``"fp8-block:dtype=float8_e5m2"``, ``"bfloat16"``, or ``"fp4-block"``: four
+            bits in blocks of 16, NVFP4's way.
         layers: globs on parameter names: look only at those that match one. None: at all.
+        depth: take the records of layers together by the first so many parts of their names: for
+            ``model.blocks.0.attention.q.weight``, 3 gives ``<tag>/model.blocks.0``. None: each parameter by itself.
+        quantiles: for ``log10_quantile``, each in [0, 1]; none if empty.
 
     Raises:
-        ValueError: an argument is out of range; the Trainer has no logger; ``layers`` matches no parameter.
+        ValueError: an argument is out of range; the Trainer has no logger; ``layers`` matches no parameter; the
+            Trainer's strategy is FSDP (the first) or DeepSpeed, which hide the shards.
         TypeError: an argument is of the wrong type.
 
     Example::
@@ -68,7 +81,7 @@ class OptimizerStateMonitor(Callback):
         trainer = Trainer(callbacks=[OptimizerStateMonitor()], logger=TensorBoardLogger("runs"))
 
     Source:
-        arXiv 2604.15416, Table 12 and Figures 3 and 4.
+        arXiv 2604.15416, Table 12 and Figures 3 and 4; for stalls arXiv 2603.16731.
     """  # noqa: E501
 
     def __init__(
@@ -78,6 +91,8 @@ class OptimizerStateMonitor(Callback):
         histograms: bool = True,
         forecast: Sequence[str] = ("fp8", "fp8-raw"),
         layers: Sequence[str] | None = None,
+        depth: int | None = None,
+        quantiles: Sequence[float] = (0.05, 0.5, 0.95),
     ) -> None:
         check_every_n_steps(every_n_steps)
         for name, value in (("forecast", forecast), ("layers", layers)):
@@ -86,21 +101,32 @@ class OptimizerStateMonitor(Callback):
                 raise TypeError(f"{name}={value!r} must be a list of strings")
         for format_name in forecast:
             check_format(format_name)
+        _check_depth(depth)
+        _check_quantiles(quantiles)
         self.every_n_steps = every_n_steps
         self.per_layer = per_layer
         self.histograms = histograms
         self.forecast = tuple(forecast)
         self.layers = None if layers is None else tuple(layers)
+        self.depth = depth
+        self.quantiles = tuple(quantiles)
         self._names: dict[Tensor, str] = {}
         self._handles: list[RemovableHandle] = []
         self._begun: dict[Optimizer, _Begun] = {}
 
     def setup(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
-        """Check that there is a logger to write to."""
-        if stage == "fit" and not trainer.loggers:
+        """Check that there is a logger to write to, and a strategy whose states can be read."""
+        if stage != "fit":
+            return
+        if not trainer.loggers:
             raise ValueError(
                 "OptimizerStateMonitor needs a logger to write to, but the Trainer has logger=False; "
                 "accepted: Trainer(logger=TensorBoardLogger(...)) or any other Lightning logger"
+            )
+        if isinstance(trainer.strategy, (FSDPStrategy, DeepSpeedStrategy)):
+            raise ValueError(
+                f"OptimizerStateMonitor cannot read the shards of {type(trainer.strategy).__name__}; "
+                "accepted: ModelParallelStrategy (FSDP2), DDPStrategy, a single device"
             )
 
     def on_train_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
@@ -112,7 +138,7 @@ class OptimizerStateMonitor(Callback):
         }
         if not self._names:
             raise ValueError(f"layers={list(self.layers or [])} matches no parameter of {type(pl_module).__name__}")
-        if not trainer.is_global_zero:
+        if not (trainer.is_global_zero or any(isinstance(param, DTensor) for param in self._names)):
             return  # replicas have the same states
 
         for optimizer in trainer.optimizers:
@@ -132,11 +158,12 @@ class OptimizerStateMonitor(Callback):
             del self._begun[optimizer]  # of a step that AMP skipped
         if not self._handles or not is_due(trainer, self.every_n_steps):
             return
-        snapshot = Snapshot(self.forecast, self.histograms)
+        snapshot = Snapshot(self.forecast, self.histograms, self.quantiles)
+        scale = _remaining_loss_scale(trainer, optimizer)
         before = {}
         for name, param, _ in self._watched(optimizer):
             if param.grad is not None and param.numel() > 0:
-                snapshot.add_gradient(name, param.grad)
+                snapshot.add_gradient(name, param.grad, scale)
                 before[param] = param.detach().clone()
         self._begun[optimizer] = _Begun(trainer.global_step, snapshot, before)
 
@@ -152,14 +179,9 @@ class OptimizerStateMonitor(Callback):
                 snapshot.add_update(
                     name, before.pop(param), param.detach(), group["lr"], moments.decoupled_weight_decay
                 )
-        scalars, histograms = snapshot.records(self.per_layer)
-        prefix = self._prefix(trainer, optimizer)
-        step = record_step(trainer)
-        for logger in trainer.loggers:
-            logger.log_metrics({f"{prefix}/{tag}": value for tag, value in scalars.items()}, step=step)
-            if isinstance(logger, TensorBoardLogger):
-                for tag, counts in histograms.items():
-                    _add_histogram(logger, f"{prefix}/{tag}", counts, step)
+        scalars, histograms = snapshot.records(self.per_layer, self.depth)
+        if trainer.is_global_zero:
+            log_records(trainer.loggers, self._prefix(trainer, optimizer), scalars, histograms, record_step(trainer))
 
     def _watched(self, optimizer: Optimizer) -> Iterable[tuple[str, Tensor, Mapping[str, Any]]]:
         for param, group in parameters_of(optimizer):
@@ -185,21 +207,29 @@ class OptimizerStateMonitor(Callback):
         self.teardown(trainer, pl_module, "fit")
 
 
-def _add_histogram(logger: TensorBoardLogger, tag: str, counts: list[float], step: int) -> None:
-    """Write counts of log10 magnitudes; an empty histogram (all entries are 0) is one empty bin."""
-    edges = log10_bin_edges().tolist()
-    filled = [i for i, count in enumerate(counts) if count > 0] or [0]
-    first, last = filled[0], filled[-1] + 1
-    used = counts[first:last]
-    middles = [(low + high) / 2 for low, high in zip(edges[first:last], edges[first + 1 : last + 1], strict=True)]
-    logger.experiment.add_histogram_raw(
-        tag,
-        min=edges[first],
-        max=edges[last],
-        num=sum(used),
-        sum=sum(count * middle for count, middle in zip(used, middles, strict=True)),
-        sum_squares=sum(count * middle**2 for count, middle in zip(used, middles, strict=True)),
-        bucket_limits=edges[first + 1 : last + 1],
-        bucket_counts=used,
-        global_step=step,
-    )
+def _remaining_loss_scale(trainer: "pl.Trainer", optimizer: Optimizer) -> Tensor | None:
+    """Return the scale that gradients still have where a fused optimizer unscales them itself, on their device."""
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    if scaler is None or not getattr(optimizer, "_step_supports_amp_scaling", False):
+        return None
+    # The public get_scale() waits for the device.
+    return scaler._scale
+
+
+def _check_depth(depth: Any) -> None:
+    if depth is None:
+        return
+    if isinstance(depth, bool) or not isinstance(depth, int):
+        raise TypeError(f"depth={depth!r} must be an int or None")
+    if depth < 1:
+        raise ValueError(f"depth={depth} must be at least 1, or None for each parameter by itself")
+
+
+def _check_quantiles(quantiles: Any) -> None:
+    if isinstance(quantiles, str) or not isinstance(quantiles, Sequence):
+        raise TypeError(f"quantiles={quantiles!r} must be a list of numbers")
+    for quantile in quantiles:
+        if isinstance(quantile, bool) or not isinstance(quantile, (int, float)):
+            raise TypeError(f"quantiles={quantiles!r} must be a list of numbers")
+        if not 0 <= quantile <= 1:
+            raise ValueError(f"quantiles={quantiles!r}: each must be in [0, 1]")

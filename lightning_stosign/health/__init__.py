@@ -1,21 +1,18 @@
 """What the numbers of an optimizer's state mean."""
 
+from lightning_stosign.health.changes import nominal_change
 from lightning_stosign.health.forecast import (
     Share,
     check_format,
-    nominal_change,
     stalled_fraction,
     stored_values,
     underflow_fraction,
 )
-from lightning_stosign.health.readers import Moments, UpdateRule, read_moments, register_update_rule
+from lightning_stosign.health.magnitudes import log10_bin_edges, log10_histogram, log10_quantiles, magnitude_counts
+from lightning_stosign.health.readers import Moments, read_moments
+from lightning_stosign.health.rules import UpdateRule, register_update_rule
 from lightning_stosign.health.stationarity import GeneralizedStationarity, L1Stationarity, generalized_stationarity
-from lightning_stosign.health.statistics import (
-    coordinate_health,
-    log10_histogram,
-    noise_intensity,
-    state_statistics,
-)
+from lightning_stosign.health.statistics import coordinate_health, noise_intensity, state_statistics
 
 __all__ = [
     "GeneralizedStationarity",
@@ -26,7 +23,10 @@ __all__ = [
     "check_format",
     "coordinate_health",
     "generalized_stationarity",
+    "log10_bin_edges",
     "log10_histogram",
+    "log10_quantiles",
+    "magnitude_counts",
     "noise_intensity",
     "nominal_change",
     "read_moments",

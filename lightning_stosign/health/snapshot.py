@@ -2,111 +2,181 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup, ReduceOp, all_reduce
 from torch.optim import Optimizer
 
-from lightning_stosign.health.forecast import underflow_fraction
+from lightning_stosign.health.forecast import Forecast, forecast_rounds, run_rounds
+from lightning_stosign.health.magnitudes import histogram_of, log10_quantiles, magnitude_counts
 from lightning_stosign.health.readers import Moments, read_moments
+from lightning_stosign.health.sharding import Layout, localize
 from lightning_stosign.health.statistics import (
     abs_max,
     coordinate_health,
-    log10_histogram,
+    in_parts,
     noise_intensity,
-    square_sum,
     state_statistics,
+    sum_dtype,
 )
 from lightning_stosign.optim.emulation import state_degree
 
 
 class Tally(NamedTuple):
-    """A statistic of one layer in a form that adds up over layers.
+    """A statistic of one layer in a form that adds up over layers and over ranks.
 
     Attributes:
         kind: ``"mean"`` is value / weight, ``"rms"`` its square root, ``"max"`` the value, ``"max_square"`` its square.
         value: a sum, or a maximum; 0-dimensional.
         weight: what to divide the sum by: a number known on the host, or a 0-dimensional tensor.
+        group: the ranks over which it is still to be combined.
     """
 
     kind: Literal["mean", "rms", "max", "max_square"]
     value: Tensor
     weight: Tensor | float = 1.0
+    group: ProcessGroup | None = None
+
+
+class _Counts(NamedTuple):
+    """The magnitude counts of one layer's state, and the ranks over which they are still to be added."""
+
+    counts: Tensor
+    group: ProcessGroup | None
 
 
 class Snapshot:
     """Collects statistics by (tag, layer) and turns them into records with one host transfer.
 
+    Of sharded parameters every rank has to add its part, in the same order; :meth:`records` then combines the ranks
+    with at most four collectives, however many layers there are.
+
     Args:
-        forecast: formats for which to count what they would store as 0.
+        forecast: formats for which to count what they would store as 0, and what would stall in them.
         histograms: whether to count the log10 magnitudes.
+        quantiles: quantiles of log10 magnitude, each in [0, 1].
     """
 
-    def __init__(self, forecast: Iterable[str] = (), histograms: bool = False) -> None:
+    def __init__(self, forecast: Iterable[str] = (), histograms: bool = False, quantiles: Sequence[float] = ()) -> None:
         self._forecast = tuple(forecast)
         self._with_histograms = histograms
+        self._quantiles = tuple(quantiles)
         self._tallies: dict[str, dict[str, Tally]] = defaultdict(dict)
-        self._histograms: dict[str, dict[str, Tensor]] = defaultdict(dict)
+        self._counts: dict[str, dict[str, _Counts]] = defaultdict(dict)
+        # Forecasts of sharded states wait for records(): (tags' end, layer, layout, forecast rounds).
+        self._waiting: list[tuple[str, str, Layout, Any]] = []
 
-    def add_gradient(self, layer: str, grad: Tensor) -> None:
-        """Add a gradient as it is before clipping: ``grad_abs_max``, ``grad_square_max``."""
+    def add_gradient(self, layer: str, grad: Tensor, scale: Tensor | None = None) -> None:
+        """Add a gradient as it is before clipping: ``grad_abs_max``, ``grad_square_max``.
+
+        Args:
+            layer: its parameter's name.
+            grad: the gradient.
+            scale: a loss scale that it still has, 0-dimensional.
+        """
         if grad.is_sparse:
             grad = grad.coalesce().values()
         if grad.numel() == 0:
             return
-        largest = abs_max(grad.float() if grad.dtype.itemsize < 4 else grad)
-        self._tallies["grad_abs_max"][layer] = Tally("max", largest)
-        self._tallies["grad_square_max"][layer] = Tally("max_square", largest)
+        local, layout = localize(grad)
+        largest = abs_max(local)
+        if scale is not None:
+            largest = largest / scale.to(largest.device)
+        self._tallies["grad_abs_max"][layer] = Tally("max", largest, group=layout.group)
+        self._tallies["grad_square_max"][layer] = Tally("max_square", largest, group=layout.group)
 
     def add_states(self, layer: str, moments: Moments) -> None:
         """Add the statistics of one parameter's states."""
         for name, value in moments.states.items():
-            if value.numel() == 0:
+            layout = moments.layout(name)
+            if layout.numel == 0:
                 continue
             statistics = state_statistics(value)
-            size = float(value.numel())
-            self._tallies[f"zero_fraction/{name}"][layer] = Tally("mean", statistics.zeros, size)
-            self._tallies[f"abs_max/{name}"][layer] = Tally("max", statistics.abs_max)
-            self._tallies[f"rms/{name}"][layer] = Tally("rms", statistics.square_sum, size)
+            size = float(layout.numel)
+            self._add(f"zero_fraction/{name}", layer, Tally("mean", statistics.zeros, size, layout.group))
+            self._add(f"abs_max/{name}", layer, Tally("max", statistics.abs_max, group=layout.group))
+            self._add(f"rms/{name}", layer, Tally("rms", statistics.square_sum, size, layout.group))
             for label in self._forecast:
-                lost, nonzero = underflow_fraction(value, label, state_degree(name))
-                self._tallies[f"underflow_fraction/{name}/{label}"][layer] = Tally("mean", lost, nonzero)
-            if self._with_histograms:
-                self._histograms[f"log10_abs/{name}"][layer] = log10_histogram(value)
-        if moments.numerator is None or moments.denominator is None or moments.numerator.numel() == 0:
-            return
-        size = float(moments.numerator.numel())
-        health = coordinate_health(moments.numerator, moments.denominator)
-        self._tallies["dead_fraction"][layer] = Tally("mean", health.dead, size)
-        self._tallies["exploding_fraction"][layer] = Tally("mean", health.exploding, size)
-        if moments.stochastic_sign:
-            noise = noise_intensity(moments.numerator, moments.denominator)
-            self._tallies["noise_rms"][layer] = Tally("rms", noise.variance, noise.moving)
-            self._tallies["sign_agreement"][layer] = Tally("mean", noise.agreement, noise.moving)
+                rounds = forecast_rounds(
+                    value.reshape(-1), layout, label, state_degree(name), moments.changes.get(name)
+                )
+                if layout.group is None:
+                    self._add_forecast(f"{name}/{label}", layer, layout, run_rounds([rounds])[0])
+                else:
+                    self._waiting.append((f"{name}/{label}", layer, layout, rounds))
+            if self._with_histograms or self._quantiles:
+                self._counts[name][layer] = _Counts(magnitude_counts(value), layout.group)
+        self._add_coordinates(layer, moments)
 
-    def add_update(self, layer: str, before: Tensor, after: Tensor, lr: float | Tensor, weight_decay: float) -> None:
-        """Add ``update_rms``: of (after - before + lr * weight_decay * before) / lr, the step without its decay."""
+    def _add_coordinates(self, layer: str, moments: Moments) -> None:
+        """Add what the numerator and the denominator say together."""
+        numerator, denominator = moments.numerator, moments.denominator
+        if numerator is None or denominator is None or numerator.shape != denominator.shape:
+            return
+        layout = next(moments.layout(name) for name, value in moments.states.items() if value is denominator)
+        if layout.numel == 0:
+            return
+        size = float(layout.numel)
+        health = coordinate_health(numerator, denominator)
+        self._add("dead_fraction", layer, Tally("mean", health.dead, size, layout.group))
+        self._add("exploding_fraction", layer, Tally("mean", health.exploding, size, layout.group))
+        if moments.stochastic_sign:
+            noise = noise_intensity(numerator, denominator)
+            self._add("noise_rms", layer, Tally("rms", noise.variance, noise.moving, layout.group))
+            self._add("sign_agreement", layer, Tally("mean", noise.agreement, noise.moving, layout.group))
+
+    def add_update(
+        self, layer: str, before: Tensor, after: Tensor, lr: float | Tensor, weight_decay: float | Tensor
+    ) -> None:
+        """Add ``update_rms``: of (after - before + lr * weight_decay * before) / lr, the step without its decay.
+
+        Where nothing of the parameter has moved the step was skipped, decay and all: then it is 0.
+        """
         if not isinstance(lr, Tensor) and lr == 0:
             return
-        dtype = torch.promote_types(after.dtype, torch.float32)
-        step = after.to(dtype) - before.to(dtype)
-        if weight_decay != 0:
-            step += before.to(dtype) * (lr * weight_decay)
         if isinstance(lr, Tensor):
-            lr = lr.reshape(())  # of shape [1] it could not divide a 0-dimensional parameter's step in place
-        self._tallies["update_rms"][layer] = Tally("rms", square_sum(step.div_(lr)), float(step.numel()))
+            lr = lr.reshape(())  # of shape [1] it could not divide a 0-dimensional parameter's step
+        (before, layout), (after, _) = localize(before), localize(after)
+        zero = after.new_zeros((), dtype=sum_dtype(after))
+        squares, moved = [zero], [zero]
+        dtype = torch.promote_types(after.dtype, torch.float32)
+        for old, new in in_parts(before, after):
+            old = old.to(dtype)
+            step = new.to(dtype) - old
+            moved.append(torch.count_nonzero(step).to(zero.dtype))
+            if isinstance(weight_decay, Tensor) or weight_decay != 0:
+                step += old * (lr * weight_decay)
+            squares.append(torch.linalg.vector_norm(step, dtype=zero.dtype).square())
+        total = torch.stack(squares).sum() / lr**2 * (torch.stack(moved).sum() > 0)
+        self._add("update_rms", layer, Tally("rms", total, float(layout.numel), layout.group))
 
-    def records(self, per_layer: bool) -> tuple[dict[str, float], dict[str, list[float]]]:
-        """Transfer everything and return scalars and histograms by tag.
+    def _add(self, tag: str, layer: str, tally: Tally) -> None:
+        self._tallies[tag][layer] = tally
+
+    def _add_forecast(self, end: str, layer: str, layout: Layout, forecast: Forecast) -> None:
+        for kind, share in (("underflow", forecast.underflow), ("stalled", forecast.stalled)):
+            if share is not None:
+                self._add(f"{kind}_fraction/{end}", layer, Tally("mean", share.part, share.whole, layout.group))
+
+    def records(self, per_layer: bool, depth: int | None = None) -> tuple[dict[str, float], dict[str, list[float]]]:
+        """Combine the ranks, transfer everything and return scalars and histograms by tag.
 
         Args:
             per_layer: whether to add ``<tag>/<layer>`` for each layer to the global ``<tag>``.
+            depth: take layers together by the first so many parts of their names.
 
         Returns:
             Scalars by tag, and counts of the log10 bins by tag.
         """
+        self._combine_ranks()
+
+        def label(layer: str) -> str:
+            return layer if depth is None else ".".join(layer.split(".")[:depth])
+
+        device_records = dict(self._magnitude_records(per_layer, label))
         host = _transfer(
             [
                 number
@@ -115,7 +185,7 @@ class Snapshot:
                 for number in (tally.value, tally.weight)
                 if isinstance(number, Tensor)
             ]
-            + [counts for layers in self._histograms.values() for counts in layers.values()]
+            + list(device_records.values())
         )
 
         def on_host(tally: Tally) -> tuple[float, float]:
@@ -128,14 +198,88 @@ class Snapshot:
             kind = next(iter(layers.values())).kind
             scalars[tag] = _combine(kind, numbers.values())
             if per_layer:
-                scalars.update({f"{tag}/{layer}": _combine(kind, [pair]) for layer, pair in numbers.items()})
+                together: dict[str, list[tuple[float, float]]] = defaultdict(list)
+                for layer, pair in numbers.items():
+                    together[label(layer)].append(pair)
+                scalars.update({f"{tag}/{name}": _combine(kind, pairs) for name, pairs in together.items()})
         histograms: dict[str, list[float]] = {}
-        for tag, by_layer in self._histograms.items():
-            counts = {layer: next(host) for layer in by_layer}
-            histograms[tag] = [sum(column) for column in zip(*counts.values(), strict=True)]
-            if per_layer:
-                histograms.update({f"{tag}/{layer}": c for layer, c in counts.items()})
+        for what, name, end in device_records:
+            numbers_of = next(host)
+            if what == "histogram":
+                histograms[f"log10_abs/{name}{end}"] = numbers_of
+            else:
+                for quantile, number in zip(self._quantiles, numbers_of, strict=True):
+                    scalars[f"log10_quantile/{name}/{quantile:g}{end}"] = number
         return scalars, histograms
+
+    def _magnitude_records(
+        self, per_layer: bool, label: Callable[[str], str]
+    ) -> Iterator[tuple[tuple[str, str, str], Tensor]]:
+        """Yield ((kind, state, "/layer" or ""), numbers) of histograms and quantiles, still on the device."""
+        for name, layers in self._counts.items():
+            together: dict[str, Tensor] = {}
+            for layer, (counts, _) in layers.items():
+                for end in ("", f"/{label(layer)}") if per_layer else ("",):
+                    together[end] = together[end] + counts.to(together[end].device) if end in together else counts
+            for end, counts in together.items():
+                if self._with_histograms:
+                    yield ("histogram", name, end), histogram_of(counts)
+                if self._quantiles:
+                    yield ("quantiles", name, end), log10_quantiles(counts, self._quantiles)
+
+    def _combine_ranks(self) -> None:
+        """Combine what the ranks of a sharded model have each found in their own parts."""
+        groups = {id(t.group): t.group for layers in self._tallies.values() for t in layers.values() if t.group}
+        for group in groups.values():
+            waiting = [entry for entry in self._waiting if entry[2].group is group]
+            forecasts = run_rounds([rounds for *_, rounds in waiting], group)
+            for (end, layer, layout, _), forecast in zip(waiting, forecasts, strict=True):
+                self._add_forecast(end, layer, layout, forecast)
+            self._add_over(group)
+        self._waiting.clear()
+
+    def _add_over(self, group: ProcessGroup) -> None:
+        """Add sums and counts over the ranks of a group, and take maxima; NaN anywhere is NaN."""
+        tallies = [
+            (tag, layer, tally)
+            for tag, layers in self._tallies.items()
+            for layer, tally in layers.items()
+            if tally.group is group
+        ]
+        counts = [
+            (name, layer, entry.counts)
+            for name, layers in self._counts.items()
+            for layer, entry in layers.items()
+            if entry.group is group
+        ]
+        device = tallies[0][2].value.device
+        dtype = sum_dtype(tallies[0][2].value)
+
+        def on_device(number: Tensor | float) -> Tensor:
+            return torch.as_tensor(number, dtype=dtype, device=device)
+
+        values = torch.stack([on_device(tally.value) for *_, tally in tallies])
+        weights = torch.stack([on_device(tally.weight) for *_, tally in tallies])
+        is_max = torch.tensor([tally.kind.startswith("max") for *_, tally in tallies]).to(device)
+        sums = torch.cat(
+            [
+                torch.where(is_max, values.isnan().to(dtype), values),
+                weights,
+                *(c.to(device, dtype) for *_, c in counts),
+            ]
+        )
+        maxima = torch.where(is_max, values, 0.0).nan_to_num_(nan=0.0, posinf=torch.inf)
+        all_reduce(sums, ReduceOp.SUM, group)
+        all_reduce(maxima, ReduceOp.MAX, group)
+        summed, total_weights, *total_counts = sums.split(
+            [len(tallies), len(tallies), *(counted.numel() for *_, counted in counts)]
+        )
+        combined = torch.where(is_max, torch.where(summed > 0, torch.nan, maxima), summed)
+        for i, (tag, layer, tally) in enumerate(tallies):
+            weight = total_weights[i] if isinstance(tally.weight, Tensor) else tally.weight
+            self._tallies[tag][layer] = Tally(tally.kind, combined[i], weight)
+        for (name, layer, counted), total in zip(counts, total_counts, strict=True):
+            self._counts[name][layer] = _Counts(total.to(counted.dtype), None)
 
 
 def parameters_of(optimizer: Optimizer) -> Iterable[tuple[Tensor, Mapping[str, Any]]]:

@@ -11,13 +11,16 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor, nn
 
 from lightning_stosign import OptimizerStateMonitor, StoSignSGD
+from lightning_stosign.health import log10_bin_edges
 
 LAYERS = ["first.weight", "first.bias", "head.weight", "head.bias"]
 
 
 def state_tags(*states, forecast=("fp8", "fp8-raw")):
     tags = {f"{kind}/{state}" for kind in ("zero_fraction", "abs_max", "rms") for state in states}
-    return tags | {f"underflow_fraction/{state}/{format_name}" for state in states for format_name in forecast}
+    tags |= {f"log10_quantile/{state}/{quantile}" for state in states for quantile in (0.05, 0.5, 0.95)}
+    kinds = ("underflow_fraction", "stalled_fraction")
+    return tags | {f"{kind}/{state}/{name}" for kind in kinds for state in states for name in forecast}
 
 
 ALWAYS = {"update_rms", "grad_abs_max", "grad_square_max"}
@@ -75,7 +78,7 @@ def recorded(tmp_path_factory):
     def run(optimizer):
         if optimizer not in made:
             folder, step = tmp_path_factory.mktemp(optimizer), Step(2)
-            monitor = OptimizerStateMonitor(forecast=["fp8-raw"])
+            monitor = OptimizerStateMonitor(forecast=["fp8-raw:min_numel=0"])
             fit(Regression(optimizer), folder, callbacks=[monitor, step], gradient_clip_val=0.05)
             made[optimizer] = (step, {tag: by_step[2] for tag, by_step in scalars(folder).items()}, histograms(folder))
         return made[optimizer]
@@ -134,7 +137,7 @@ def test_underflow_is_the_share_of_nonzero_entries_below_half_of_e4m3_s_smallest
     step, found, _ = recorded(optimizer)
     values = np.abs(step.flat(state))
     expected = np.count_nonzero((values > 0) & (values <= 2.0**-10)) / np.count_nonzero(values)
-    assert found[f"optimizer_state/underflow_fraction/{state}/fp8-raw"] == pytest.approx(expected, rel=1e-6)
+    assert found[f"optimizer_state/underflow_fraction/{state}/fp8-raw:min_numel=0"] == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize(("optimizer", "denominator"), [("stosign", "exp_inf"), ("adamw", "exp_avg_sq")])
@@ -156,7 +159,8 @@ def test_noise_rms_and_sign_agreement_are_of_m_over_g(recorded):
 def test_histograms_hold_the_log10_of_the_nonzero_magnitudes(recorded):
     step, _, found = recorded("adamw")
     values = np.abs(step.flat("exp_avg_sq"))
-    counts, edges = np.histogram(np.log10(values[values > 0]), bins=np.arange(-45, 39.25, 0.25))
+    edges = log10_bin_edges().numpy()
+    counts, _ = np.histogram(np.log10(values[values > 0]), bins=edges)
     histogram = found["optimizer_state/log10_abs/exp_avg_sq"][2]
     filled = {round(edge, 2): n for edge, n in zip(histogram.bucket_limit, histogram.bucket, strict=True) if n}
     assert filled == {round(edge, 2): n for edge, n in zip(edges[1:], counts, strict=True) if n}

@@ -7,7 +7,7 @@ from torch import nn
 from torch_optimizers import FACTORIES, OURS, stepped
 
 from lightning_stosign import SignSGD, StoSignSGD
-from lightning_stosign.health import UpdateRule, read_moments, readers, register_update_rule
+from lightning_stosign.health import UpdateRule, read_moments, register_update_rule, rules
 from lightning_stosign.optim.muon import MuonAdamW
 
 # By optimizer: the states, the numerator, the denominator, the decisive states. The parameter is a matrix.
@@ -289,7 +289,7 @@ class Foreign(torch.optim.Optimizer):
 
 @pytest.fixture
 def own_rules(monkeypatch):
-    monkeypatch.setattr(readers, "_RULES", dict(readers._RULES))
+    monkeypatch.setattr(rules, "_RULES", dict(rules._RULES))
 
 
 def test_an_unknown_optimizer_has_states_but_no_numerator():
@@ -323,10 +323,28 @@ def test_a_subclass_s_own_rule_wins(own_rules):
     assert read(optimizer, param).numerator is optimizer.state[param]["exp_avg_sq"]
 
 
-@pytest.mark.parametrize("wrong", [torch.nn.Linear, "AdamW", None])
+@pytest.mark.parametrize("wrong", [torch.nn.Linear, 3, None])
 def test_only_optimizer_classes_are_registered(own_rules, wrong):
     with pytest.raises(TypeError, match=r"optimizer_class=.*must be a subclass of torch\.optim\.Optimizer"):
         register_update_rule(wrong, UpdateRule())
+
+
+@pytest.mark.parametrize("wrong", ["AdamW", "a.b.AdamW"])
+def test_names_are_a_package_and_a_class(own_rules, wrong):
+    with pytest.raises(ValueError, match=r"must be 'package\.Class', e\.g\. 'apex\.FusedAdam'"):
+        register_update_rule(wrong, UpdateRule())
+
+
+def test_a_class_is_found_by_the_name_it_was_registered_under(own_rules):
+    register_update_rule("test_readers.Foreign", UpdateRule("trend", ("spread",)))
+    optimizer, param = stepped(Foreign)
+    assert read(optimizer, param).denominator is optimizer.state[param]["spread"]
+
+
+def test_a_rule_can_depend_on_the_optimizer(own_rules):
+    register_update_rule(Foreign, lambda optimizer: UpdateRule(optimizer.param_groups[0]["leads"]))
+    optimizer, param = stepped(partial(Foreign, leads="spread"))
+    assert read(optimizer, param).numerator is optimizer.state[param]["spread"]
 
 
 def test_a_group_s_use_muon_chooses_its_rule():
@@ -347,18 +365,6 @@ def test_a_sparse_gradient_is_no_numerator():
 
 def test_sign_descent_without_momentum_has_nothing_decisive():
     assert read(*stepped(partial(SignSGD, momentum=0.0))).decisive_names == set()
-
-
-def test_sharded_parameters_are_refused():
-    from torch.distributed.tensor import DeviceMesh, Shard, distribute_tensor
-
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    try:
-        sharded = nn.Parameter(distribute_tensor(torch.ones(4), DeviceMesh("cpu", [0]), [Shard(0)]))
-        with pytest.raises(ValueError, match=r"shape \[4\] is sharded.*accepted: unsharded parameters"):
-            read_moments(torch.optim.AdamW([sharded]), sharded, {})
-    finally:
-        torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize("cls", [torch.optim.AdamW, StoSignSGD])

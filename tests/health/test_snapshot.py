@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -83,10 +84,12 @@ def test_an_infinite_state_has_infinite_rms():
 def test_underflow_fraction_is_of_the_nonzero_entries_of_all_layers():
     # E4M3 without a scale stores magnitudes up to 2**-10 as 0.
     found = scalars(
-        {"a": moments({"m": [1.0, 1e-4, 0.0]}), "b": moments({"m": [1e-5]})}, per_layer=True, forecast=["fp8-raw"]
+        {"a": moments({"m": [1.0, 1e-4, 0.0]}), "b": moments({"m": [1e-5]})},
+        per_layer=True,
+        forecast=["fp8-raw:min_numel=0"],
     )
-    assert found["underflow_fraction/m/fp8-raw"] == pytest.approx(2 / 3)
-    assert found["underflow_fraction/m/fp8-raw/b"] == 1.0
+    assert found["underflow_fraction/m/fp8-raw:min_numel=0"] == pytest.approx(2 / 3)
+    assert found["underflow_fraction/m/fp8-raw:min_numel=0/b"] == 1.0
 
 
 def test_underflow_fraction_of_an_all_zero_state_is_0():
@@ -95,7 +98,7 @@ def test_underflow_fraction_of_an_all_zero_state_is_0():
 
 def test_forecast_of_a_second_moment_uses_the_static_scale_squared():
     # 2**-26 times 1024**2 is 2**-6, which E4M3 has; times 1024 it would be 2**-16.
-    spec = "fp8-raw:static_scale=1024"
+    spec = "fp8-raw:static_scale=1024,min_numel=0"
     found = scalars({"a": moments({"exp_avg": [2.0**-26], "exp_avg_sq": [2.0**-26]})}, forecast=[spec])
     assert found[f"underflow_fraction/exp_avg/{spec}"] == 1.0
     assert found[f"underflow_fraction/exp_avg_sq/{spec}"] == 0.0
@@ -185,10 +188,71 @@ def test_update_rms_leaves_the_parameters_alone():
 
 
 def test_update_rms_of_half_precision_parameters_is_computed_in_float32():
-    before = torch.tensor([256.0, 1.0], dtype=torch.bfloat16)
+    before, after = (torch.tensor(x, dtype=torch.bfloat16) for x in ([256.0, 1.0], [255.0, 1.0]))
     snapshot = Snapshot()
-    snapshot.add_update("a", before, before, 1.0, 2.0**-9)  # the decay part, 0.5, is exact in float32 only
+    snapshot.add_update("a", before, after, 1.0, 2.0**-9)  # 2**-9 - 0 is exact in float32 only
     assert snapshot.records(False)[0]["update_rms"] == pytest.approx(math.sqrt((0.25 + 2.0**-18) / 2))
+
+
+def test_a_step_that_moves_nothing_was_skipped_with_its_decay():
+    snapshot = Snapshot()
+    snapshot.add_update("a", torch.ones(3), torch.ones(3), 0.1, 0.1)
+    assert snapshot.records(False)[0]["update_rms"] == 0.0
+
+
+def test_a_loss_scale_is_taken_out_of_the_gradient():
+    snapshot = Snapshot()
+    snapshot.add_gradient("a", torch.tensor([6.0]), torch.tensor(4.0))
+    found, _ = snapshot.records(False)
+    assert found == {"grad_abs_max": 1.5, "grad_square_max": 2.25}
+
+
+STALLING = "fp8-raw:min_numel=0"
+
+
+def test_stalled_fraction_is_of_all_coordinates_that_should_change():
+    # Of 1.0, 1.125 is E4M3's next number.
+    layers = {
+        "a": replace(moments({"m": [1.0, 1.0, 1.0]}), changes={"m": lambda part: torch.tensor([0.01, 0.1, 0.0])[part]}),
+        "b": replace(moments({"m": [1.0]}), changes={"m": lambda part: torch.tensor([0.05])[part]}),
+        "c": moments({"m": [1.0]}),
+    }
+    found = scalars(layers, per_layer=True, forecast=[STALLING])
+    assert found[f"stalled_fraction/m/{STALLING}"] == pytest.approx(2 / 3)
+    assert found[f"stalled_fraction/m/{STALLING}/a"] == 1 / 2
+    assert f"stalled_fraction/m/{STALLING}/c" not in found
+
+
+def test_quantiles_are_over_the_nonzero_magnitudes_of_all_layers():
+    found = scalars(
+        {"a": moments({"m": [1.0, 0.0, 2.0]}), "b": moments({"m": [8.0]})}, per_layer=True, quantiles=[0.5, 1.0]
+    )
+    assert found["log10_quantile/m/0.5"] == pytest.approx(math.log10(2))
+    assert found["log10_quantile/m/1"] == pytest.approx(math.log10(8))
+    assert found["log10_quantile/m/0.5/a"] == 0.0
+
+
+@pytest.mark.parametrize(("depth", "labels"), [(1, {"net"}), (2, {"net.a", "net.b"}), (9, {"net.a.w", "net.b.w"})])
+def test_layers_are_taken_together_by_depth(depth, labels):
+    snapshot = Snapshot(histograms=True, quantiles=[1.0])
+    snapshot.add_states("net.a.w", moments({"m": A}))
+    snapshot.add_states("net.b.w", moments({"m": B}))
+    found, histograms = snapshot.records(per_layer=True, depth=depth)
+    assert {tag.split("/")[2] for tag in found if tag.startswith("zero_fraction/m/")} == labels
+    assert {tag.split("/")[2] for tag in histograms if tag.startswith("log10_abs/m/")} == labels
+    assert {tag.split("/")[3] for tag in found if tag.startswith("log10_quantile/m/1/")} == labels
+
+
+def test_a_module_s_record_is_over_the_entries_of_its_layers():
+    snapshot = Snapshot(histograms=True, quantiles=[1.0])
+    for name, values in (("net.a.w", A), ("net.a.b", B), ("net.c", [100.0])):
+        snapshot.add_states(name, moments({"m": values}))
+    found, histograms = snapshot.records(per_layer=True, depth=2)
+    assert found["zero_fraction/m/net.a"] == 3 / 6
+    assert found["rms/m/net.a"] == pytest.approx(math.sqrt(26 / 6))
+    assert found["abs_max/m/net.a"] == 4.0
+    assert found["log10_quantile/m/1/net.a"] == pytest.approx(math.log10(4))
+    assert sum(histograms["log10_abs/m/net.a"]) == 3
 
 
 def test_with_lr_0_there_is_no_update_rms():

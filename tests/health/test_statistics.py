@@ -7,11 +7,10 @@ from hypothesis.extra import numpy as hnp
 
 from lightning_stosign.health import (
     coordinate_health,
-    log10_histogram,
     noise_intensity,
     state_statistics,
 )
-from lightning_stosign.health.statistics import LOG10_BINS, LOG10_MAX, LOG10_MIN, abs_max, log10_bin_edges, square_sum
+from lightning_stosign.health.statistics import abs_max, square_sum
 
 NAN, INF = float("nan"), float("inf")
 SMALLEST = float(np.finfo(np.float32).smallest_subnormal)
@@ -100,42 +99,6 @@ def test_noise_intensity_sums_variance_and_agreement_over_the_moving(magnitudes)
     np.testing.assert_allclose(
         [x.item() for x in noise], [(1 - u**2).sum(), ((1 + np.abs(u)) / 2).sum(), moves.sum()], rtol=1e-6, atol=1e-6
     )
-
-
-def test_bin_edges_are_quarter_decades_from_minus_45_to_39():
-    np.testing.assert_allclose(log10_bin_edges().numpy(), np.arange(-45, 39.25, 0.25), rtol=0, atol=1e-12)
-
-
-def numpy_histogram(values):
-    magnitudes = np.abs(values.astype(float))
-    magnitudes = magnitudes[np.isfinite(magnitudes) & (magnitudes > 0)]
-    return np.histogram(np.log10(magnitudes), bins=LOG10_BINS, range=(LOG10_MIN, LOG10_MAX))[0]
-
-
-# Middles of bins: at the edges float32's log10 may differ from float64's in the last bit.
-middles = st.tuples(st.sampled_from([-1, 1]), st.integers(0, 4 * 76 - 1)).map(
-    lambda pair: np.float32(pair[0] * 10.0 ** (-38 + (pair[1] + 0.5) / 4))
-)
-special = st.sampled_from([np.float32(x) for x in (0.0, -0.0, NAN, INF, -INF, SMALLEST, 3e-40, -1e-42)])
-
-
-@given(hnp.arrays(np.float32, shapes, elements=st.one_of(middles, special)))
-def test_histogram_agrees_with_numpy_and_leaves_out_zero_nan_and_inf(values):
-    np.testing.assert_array_equal(log10_histogram(tensor(values)).numpy(), numpy_histogram(values))
-
-
-@pytest.mark.parametrize("value", [SMALLEST, float(np.finfo(np.float32).max)])
-def test_histogram_reaches_from_the_smallest_to_the_largest_float32(value):
-    assert log10_histogram(torch.tensor([value])).sum() == 1
-
-
-def test_histogram_bins_are_closed_below():
-    assert log10_histogram(torch.tensor([1.0]))[4 * 45].item() == 1
-
-
-@pytest.mark.slow
-def test_histogram_counts_beyond_what_float32_counts():
-    assert log10_histogram(torch.full(((1 << 24) + 5,), 0.02)).max().item() == (1 << 24) + 5
 
 
 @pytest.mark.slow
