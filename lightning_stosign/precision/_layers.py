@@ -1,13 +1,31 @@
 """Swap layers of a model in place, so that nobody who holds on to a parameter, a hook or a name notices."""
 
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import TypeGuard, TypeVar
+from typing import TypeGuard, TypeVar, cast
 
 from torch import nn
+from torch.nn import Parameter
 
 LayerT = TypeVar("LayerT", bound=nn.Module)
+
+
+class HollowLayer(nn.Module):
+    """Computes through an inner layer that has no parameters of its own: it is given them for each call.
+
+    The inner layer is no submodule, so that neither its name nor its parameters are the model's.
+    """
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.__dict__["inner"] = inner
+
+    @property
+    def inner(self) -> nn.Module:
+        """The layer that computes."""
+        return cast(nn.Module, self.__dict__["inner"])
 
 
 def is_plain_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
@@ -38,6 +56,12 @@ def unmatched_globs(root: nn.Module, exclude: Sequence[str]) -> list[str]:
     return [glob for glob in exclude if not any(fnmatchcase(name, glob) for name in names)]
 
 
+def shared_parameters(root: nn.Module) -> set[Parameter]:
+    """The parameters that more than one module holds: tied weights."""
+    holders = Counter(parameter for module in root.modules() for parameter in module.parameters(recurse=False))
+    return {parameter for parameter, count in holders.items() if count > 1}
+
+
 def names_of_modules(root: nn.Module) -> dict[nn.Module, list[str]]:
     """Every module below ``root`` with all of its names: a shared module has several."""
     names: dict[nn.Module, list[str]] = {}
@@ -48,7 +72,10 @@ def names_of_modules(root: nn.Module) -> dict[nn.Module, list[str]]:
 
 
 def swap(
-    root: nn.Module, originals: Mapping[LayerT, list[str]], convert: Callable[[LayerT], nn.Module | None]
+    root: nn.Module,
+    originals: Mapping[LayerT, list[str]],
+    convert: Callable[[LayerT], nn.Module | None],
+    own: Callable[[nn.Module], set[str]] = lambda replacement: set(),
 ) -> list[str]:
     """Put ``convert(original)`` in the place of each original, under all of its names.
 
@@ -56,6 +83,7 @@ def swap(
         root: The model; changed in place.
         originals: The modules to swap, with all their names below ``root``.
         convert: Makes the replacement, from the same parameters. None leaves the original where it is.
+        own: The names of the parameters that a replacement has made itself and keeps.
 
     Returns:
         The first name of every module that was swapped.
@@ -65,7 +93,7 @@ def swap(
         replacement = convert(original)
         if replacement is None:
             continue
-        take_over(original, replacement)
+        take_over(original, replacement, own(replacement))
         for name in names:
             parent, _, attribute = name.rpartition(".")
             setattr(root.get_submodule(parent), attribute, replacement)
@@ -73,10 +101,17 @@ def swap(
     return swapped
 
 
-def take_over(original: nn.Module, replacement: nn.Module) -> None:
-    """Give the replacement all that belongs to the original: parameters, mode, hooks and attributes set by users."""
+def take_over(original: nn.Module, replacement: nn.Module, own: Collection[str] = ()) -> None:
+    """Give the replacement all that belongs to the original: parameters, mode, hooks and attributes set by users.
+
+    Args:
+        original: The module that goes.
+        replacement: The module that takes its place.
+        own: The names of parameters that the replacement keeps.
+    """
     for name, parameter in original.named_parameters(recurse=False):
-        setattr(replacement, name, parameter)
+        if name not in own:
+            setattr(replacement, name, parameter)
     replacement.train(original.training)
     for name in vars(nn.Module()):
         if "hook" in name:

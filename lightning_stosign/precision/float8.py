@@ -1,6 +1,6 @@
-"""Float8Precision: the matrix products of a model's linear layers in FP8, under the Lightning Trainer."""
+"""Float8Precision: the matrix products of a model's linear layers in FP8 or FP4, under the Lightning Trainer."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any, Literal
@@ -8,24 +8,42 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.plugins.precision.precision import Precision
+from lightning.pytorch.plugins.precision.transformer_engine import TransformerEnginePrecision
+from lightning.pytorch.utilities import GradClipAlgorithmType
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_stosign.precision._layers import is_excluded, is_plain_linear, names_of_modules, swap, unmatched_globs
+from lightning_stosign.precision._layers import (
+    is_excluded,
+    is_plain_linear,
+    names_of_modules,
+    shared_parameters,
+    swap,
+    unmatched_globs,
+)
+from lightning_stosign.precision._loss_scaling import LossScaling
 from lightning_stosign.precision._select import select_backend
 
-_WEIGHTS_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_WEIGHTS_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_PRECISIONS: dict[torch.dtype, Any] = {torch.float32: "32-true", torch.bfloat16: "bf16-true", torch.float16: "16-true"}
+
+# Who has what not every backend has.
+_FEATURES = {
+    "fuse": "backend='transformer-engine'",
+    "quantized_weights": "backend='transformer-engine'",
+    "float8_all_gather": "backend='torchao' with recipe='current'",
+}
 
 
-class Float8Precision(Precision):
-    """Train with the matrix products of the linear layers in FP8.
+class Float8Precision(TransformerEnginePrecision):
+    """Train with the matrix products of the linear layers in FP8 or FP4.
 
-    The FP8 layers of Transformer Engine or torchao take the place of each ``nn.Linear`` whose sizes are multiples of 16
-    (32 with recipe ``"mxfp8"``, 128 with ``"block"``); nothing else in the training script changes. The rule is a GPU's
-    and holds on the CPU too, so that a laptop runs what the GPU will run. The weights, and all else in the model, keep
-    ``weights_dtype``; FP8 operands exist only for the product they enter:
+    The layers of Transformer Engine or torchao take the place of each ``nn.Linear`` whose sizes are multiples of 16
+    (32 with recipes ``"mxfp8"`` and ``"mxfp4"``, 128 with ``"block"``); nothing else in the training script changes.
+    The rule is a GPU's and holds on the CPU too, so that a laptop runs what the GPU will run. The weights, and all else
+    in the model, keep ``weights_dtype``; FP8 operands exist only for the product they enter:
 
         ``y = cast(x * s_x) @ cast(w * s_w).T / (s_x * s_w) + b``
 
@@ -34,15 +52,31 @@ class Float8Precision(Precision):
     are, because they may compute something else.
 
     Args:
-        recipe: How values are scaled into the range of FP8. ``"current"``: one scale a tensor, E4M3 forward and E5M2
-            for gradients (both backends). ``"rowwise"``: one scale a row (torchao). ``"delayed"``, ``"block"``,
-            ``"mxfp8"``, or a ``transformer_engine.common.recipe.Recipe`` (Transformer Engine).
-        backend: ``"transformer-engine"`` (a CUDA device of compute capability 8.9 or higher), ``"torchao"`` (such a
-            device, or the CPU), or ``"auto"``: the first of the two that this machine can run and that has the recipe.
-        weights_dtype: Type of parameters, buffers and inputs: ``torch.float32`` or ``torch.bfloat16``, or its name.
-            With bfloat16 the steps run under ``torch.autocast``, which computes losses and softmax in float32.
+        recipe: How values are scaled into the few bits. ``"current"``: one scale a tensor, E4M3 forward and E5M2
+            for gradients. ``"delayed"``: the same with scales from earlier steps. ``"rowwise"``: one scale a row.
+            ``"block"``, ``"mxfp8"``: one scale for 128 or 32 values, E4M3. ``"nvfp4"``, ``"mxfp4"``: one scale for 16
+            or 32 values, E2M1. Or a mapping with such a ``"name"`` and the recipe's options, e.g. ``{"name": "delayed",
+            "amax_history_len": 16}``, or a ``transformer_engine.common.recipe.Recipe``.
+        backend: ``"transformer-engine"`` (a CUDA device of compute capability 8.9 or higher; all recipes but
+            ``"rowwise"`` and ``"mxfp4"``, each on its hardware), ``"torchao"`` (any device; ``"current"`` and
+            ``"rowwise"``), ``"emulation"`` (any device, slowly; ``"block"``, ``"mxfp8"``, ``"nvfp4"``, ``"mxfp4"``: the
+            operands are rounded, the products run in float32), or ``"auto"``: the first of these that this machine
+            can run and that has the recipe; it does not emulate where there is a GPU.
+        weights_dtype: Type of parameters, buffers and inputs: ``torch.float32``, ``torch.bfloat16`` or
+            ``torch.float16``, or its name. With the latter two the steps run under ``torch.autocast``, which computes
+            losses and softmax in float32; with float16 the loss is scaled by a ``torch.amp.GradScaler``.
         exclude: Globs on module names, e.g. ``["*head*", "encoder.layers.0"]``; what they match, with all inside it,
-            stays in ``weights_dtype``.
+            stays in ``weights_dtype``. Nothing is left out by default: which layers are first and last cannot be told
+            from a model, and leaving out the output layer of the example's GPT changed its loss by less than another
+            seed does.
+        pad: Convert layers of other sizes too: zeros fill up what is missing to a multiple, for each call.
+        fuse: Fuse norms in an ``nn.Sequential`` with the linear layers that follow them (Transformer Engine's
+            LayerNormLinear and LayerNormMLP). Names, parameters and state dict stay those of the separate layers.
+        quantized_weights: Keep the weights of the converted layers in FP8 only (Transformer Engine). This is for an
+            optimizer with master weights of its own: an update is lost where it is below a weight's rounding. A weight
+            that several modules share stays as it is.
+        float8_all_gather: Under FSDP2, gather the weights in FP8: a quarter of float32's bytes (torchao, recipe
+            ``"current"``). A weight that several modules share is gathered as it is.
 
     Raises:
         ValueError: An argument has a value out of range, or one that this machine cannot run; a model has no layer to
@@ -59,28 +93,50 @@ class Float8Precision(Precision):
         Micikevicius et al., "FP8 Formats for Deep Learning", https://arxiv.org/abs/2209.05433.
     """
 
+    # A subclass of Lightning's own plugin, because ThroughputMonitor counts in FP8 for that one only; nothing of it is
+    # inherited: every method that it has is another one here.
+
     # How the weights are stored, in Lightning's vocabulary: the model summary computes their size from it.
-    precision: Literal["32-true", "bf16-true"]
+    precision: Literal["32-true", "bf16-true", "16-true"]  # type: ignore[assignment]
 
     def __init__(
         self,
         recipe: Any = "current",
         *,
-        backend: Literal["auto", "transformer-engine", "torchao"] = "auto",
+        backend: Literal["auto", "transformer-engine", "torchao", "emulation"] = "auto",
         weights_dtype: torch.dtype | str = torch.float32,
         exclude: Sequence[str] = (),
+        pad: bool = False,
+        fuse: bool = False,
+        quantized_weights: bool = False,
+        float8_all_gather: bool = False,
     ) -> None:
         self.weights_dtype = _checked_dtype(weights_dtype)
-        self.precision = "32-true" if self.weights_dtype is torch.float32 else "bf16-true"
+        self.precision = _PRECISIONS[self.weights_dtype]
         self.exclude = _checked_globs(exclude)
         self.recipe = recipe
-        self._backend = select_backend(backend, recipe)
+        flags = {
+            "pad": pad,
+            "fuse": fuse,
+            "quantized_weights": quantized_weights,
+            "float8_all_gather": float8_all_gather,
+        }
+        self._flags = {name for name, value in flags.items() if _checked_bool(name, value)}
+        self._backend, self._why = select_backend(backend, recipe)
+        if missing := sorted(self._flags - self._backend.features - {"pad"}):
+            raise ValueError(
+                f"{missing[0]}=True is not offered by backend={self._backend.name!r} with recipe={recipe!r}; "
+                f"{_FEATURES[missing[0]]} has it"
+            )
+        if objection := self._backend.objection(self.weights_dtype):
+            raise ValueError(f"recipe={recipe!r} with weights_dtype={weights_dtype!r}: {objection}")
         self._device_type = self._backend.device_types[0]
         self._module: nn.Module | None = None
+        self._stepping = Precision()  # what happens around a step
 
     @property
     def backend(self) -> str:
-        """The FP8 library in use: ``"transformer-engine"`` or ``"torchao"``, never ``"auto"``."""
+        """The library in use: ``"transformer-engine"``, ``"torchao"`` or ``"emulation"``, never ``"auto"``."""
         return self._backend.name
 
     def convert_module(self, module: nn.Module) -> nn.Module:
@@ -98,16 +154,16 @@ class Float8Precision(Precision):
         unfit = {layer: aliases for layer, aliases in wanted.items() if not self._fits(layer)}
         fit = {layer: aliases for layer, aliases in wanted.items() if layer not in unfit}
 
-        if fit:
+        if fit or (unfit and "pad" in self._flags):
             self._refuse_sharded(module)
             self._warn_about(module, unfit)
-            swapped = swap(module, fit, lambda layer: self._backend.convert_linear(layer, self.weights_dtype))
-            swap(module, kept, lambda layer: self._backend.convert_norm(layer, self.weights_dtype))
+            converted = self._convert(module, wanted if "pad" in self._flags else fit, kept)
+            backend = f"{self.backend!r}: {self._why}" if self._why else repr(self.backend)
             rank_zero_info(
-                f"Float8Precision: {len(swapped)} of {len(linears)} linear layers compute in FP8 "
-                f"(backend {self.backend!r}, recipe {self.recipe!r})"
+                f"Float8Precision: {len(converted)} of {len(linears)} linear layers compute in low precision "
+                f"(backend {backend}; recipe {self.recipe!r})"
             )
-        elif not any(self._backend.is_converted(layer) for layer in names):
+        elif not any(self._backend.holds_converted(layer) for layer in names):
             raise ValueError(
                 f"Float8Precision found no layer to convert in {type(module).__name__}: of its {len(linears)} "
                 f"nn.Linear layers, {len(linears) - len(wanted)} are left out by exclude={list(self.exclude)}, and "
@@ -116,13 +172,39 @@ class Float8Precision(Precision):
         _cast(module, self.weights_dtype)
         return module
 
+    def _convert(
+        self, module: nn.Module, layers: dict[nn.Linear, list[str]], kept: dict[nn.Module, list[str]]
+    ) -> list[str]:
+        """Convert these layers and the norms among ``kept``; return the names of the former."""
+        fused = self._backend.fuse(module, kept, self.weights_dtype) if "fuse" in self._flags else []
+        tied = shared_parameters(module)
+        for aliases in layers.values():
+            if len(aliases) > 1:
+                self._backend.warn_about_shared(aliases)
+
+        def converted(layer: nn.Linear) -> nn.Module:
+            if not self._fits(layer):
+                return self._backend.convert_padded(layer, self.weights_dtype)
+            if "quantized_weights" in self._flags and layer.weight not in tied:
+                return self._backend.convert_quantized(layer, self.weights_dtype)
+            return self._backend.convert_linear(layer, self.weights_dtype)
+
+        rest = {layer: aliases for layer, aliases in layers.items() if aliases[0] not in fused}
+        swapped = swap(module, rest, converted, self._backend.own_parameters)
+        still_there = set(module.modules())
+        norms = {layer: aliases for layer, aliases in kept.items() if layer in still_there}
+        swap(module, norms, lambda layer: self._backend.convert_norm(layer, self.weights_dtype))
+        if "float8_all_gather" in self._flags:
+            self._backend.float8_all_gather(module)
+        return fused + swapped
+
     def connect(
         self, model: nn.Module, optimizers: list[Optimizer], lr_schedulers: list[Any]
     ) -> tuple[nn.Module, list[Optimizer], list[Any]]:
         """Take note of the device that the model was moved to.
 
         Raises:
-            RuntimeError: The backend's layers do not run on that device.
+            RuntimeError: The backend's layers do not run on that device; float16 weights are sharded.
         """
         self._device_type = next(model.parameters()).device.type
         if self._device_type not in self._backend.device_types:
@@ -131,7 +213,31 @@ class Float8Precision(Precision):
                 f"the model is on {self._device_type!r}: pass Trainer(accelerator='gpu') or "
                 "Float8Precision(backend='torchao')"
             )
+        if self.weights_dtype is torch.float16 and not isinstance(self._stepping, LossScaling):
+            self._stepping = LossScaling(model, self._device_type)
         return super().connect(model, optimizers, lr_schedulers)
+
+    def pre_backward(self, tensor: Tensor, module: LightningModule) -> Any:  # type: ignore[override]
+        """Scale the loss of float16 weights."""
+        return self._stepping.pre_backward(tensor, module)
+
+    def optimizer_step(  # type: ignore[override]
+        self, optimizer: Any, model: LightningModule, closure: Callable[[], Any], **kwargs: Any
+    ) -> Any:
+        """Step; with float16 weights only if the unscaled gradients are finite."""
+        result = self._stepping.optimizer_step(optimizer, model=model, closure=closure, **kwargs)
+        if "float8_all_gather" in self._flags and self._module is not None:
+            self._backend.after_step(self._module)
+        return result
+
+    def clip_gradients(
+        self,
+        optimizer: Optimizer,
+        clip_val: int | float = 0.0,
+        gradient_clip_algorithm: GradClipAlgorithmType = GradClipAlgorithmType.NORM,
+    ) -> None:
+        """Clip; with float16 weights the gradients are unscaled by then."""
+        self._stepping.clip_gradients(optimizer, clip_val, gradient_clip_algorithm)
 
     def convert_input(self, data: Any) -> Any:
         """Cast the floating-point tensors of a batch to ``weights_dtype``."""
@@ -151,19 +257,25 @@ class Float8Precision(Precision):
 
     @contextmanager
     def forward_context(self) -> Iterator[None]:
-        """Compute converted layers in FP8 and the others in ``weights_dtype``."""
+        """Compute converted layers in low precision and the others in ``weights_dtype``."""
         with _default_dtype(self.weights_dtype), self._autocast(), self._backend.forward_context():
             yield
 
     def state_dict(self) -> dict[str, Any]:
-        """What the FP8 layers remember between steps; empty unless the recipe is delayed scaling."""
-        states = {} if self._module is None else self._backend.state_dict(self._module)
-        return {"layers": states} if states else {}
+        """What the run must remember: a delayed recipe's histories, and float16's loss scale."""
+        state: dict[str, Any] = {}
+        if self._module is not None and (layers := self._backend.state_dict(self._module)):
+            state["layers"] = layers
+        if loss_scale := self._stepping.state_dict():
+            state["loss_scale"] = loss_scale
+        return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what :meth:`state_dict` returned; Lightning calls this once the model is converted."""
-        if self._module is not None:
+        if self._module is not None and "layers" in state_dict:
             self._backend.load_state_dict(self._module, state_dict["layers"])
+        if "loss_scale" in state_dict:
+            self._stepping.load_state_dict(state_dict["loss_scale"])
 
     def _is_excluded(self, aliases: list[str]) -> bool:
         return any(is_excluded(name, self.exclude) for name in aliases)
@@ -172,11 +284,11 @@ class Float8Precision(Precision):
         return layer.in_features % self._backend.multiple == 0 and layer.out_features % self._backend.multiple == 0
 
     def _warn_about(self, module: nn.Module, unfit: dict[nn.Linear, list[str]]) -> None:
-        if unfit:
+        if unfit and "pad" not in self._flags:
             rank_zero_warn(
-                f"Float8Precision leaves these layers in {self.weights_dtype}, because FP8 needs sizes that are "
-                f"multiples of {self._backend.multiple}{_sizes(unfit)}. Change the sizes, or name the layers in "
-                "`exclude` to keep them so without this warning."
+                f"Float8Precision leaves these layers in {self.weights_dtype}, because recipe {self.recipe!r} needs "
+                f"sizes that are multiples of {self._backend.multiple}{_sizes(unfit)}. Change the sizes, fill them up "
+                "with pad=True, or name the layers in `exclude` to keep them so without this warning."
             )
         if idle := unmatched_globs(module, self.exclude):
             rank_zero_warn(f"Float8Precision: no module of {type(module).__name__} matches exclude={idle}.")
@@ -207,12 +319,7 @@ def _checked_dtype(weights_dtype: torch.dtype | str) -> torch.dtype:
         )
     name = str(weights_dtype).removeprefix("torch.")
     if name not in _WEIGHTS_DTYPES:
-        hint = (
-            "; float16 needs a gradient scaler, which this plugin does not have: use bfloat16"
-            if name == "float16"
-            else ""
-        )
-        raise ValueError(f"weights_dtype must be one of {list(_WEIGHTS_DTYPES)}, got {weights_dtype!r}{hint}")
+        raise ValueError(f"weights_dtype must be one of {list(_WEIGHTS_DTYPES)}, got {weights_dtype!r}")
     return _WEIGHTS_DTYPES[name]
 
 
@@ -222,6 +329,12 @@ def _checked_globs(exclude: Sequence[str]) -> tuple[str, ...]:
     if not isinstance(exclude, Sequence) or not all(isinstance(glob, str) for glob in exclude):
         raise TypeError(f"exclude must be a sequence of globs, got {exclude!r}")
     return tuple(exclude)
+
+
+def _checked_bool(name: str, value: bool) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be a bool, got {value!r} of type {type(value).__name__}")
+    return value
 
 
 def _sizes(layers: dict[nn.Linear, list[str]]) -> str:
@@ -234,6 +347,9 @@ def _cast(module: nn.Module, dtype: torch.dtype) -> None:
     # of torchmetrics, which exempt themselves from these two calls.
     if dtype is torch.float32:
         module.float()
+        return
+    if dtype is torch.float16:
+        module.half()
         return
     module.bfloat16()
     for child in module.modules():

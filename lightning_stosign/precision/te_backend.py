@@ -1,8 +1,11 @@
 """FP8 layers from NVIDIA Transformer Engine (TE): CUDA devices of compute capability 8.9 and up."""
 
 import importlib
+import math
 from collections.abc import MutableMapping
 from contextlib import AbstractContextManager
+from dataclasses import fields
+from functools import lru_cache, partial
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, cast
 
@@ -11,19 +14,14 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_stosign.precision._backend import Float8Backend
+from lightning_stosign.precision._layers import HollowLayer
+from lightning_stosign.precision._padding import pad_tokens, unpad_tokens
+from lightning_stosign.precision._recipes import MINIMAL_CAPABILITY, RECIPES, Capability, RecipeChoice, check_hardware
 
 if TYPE_CHECKING:
     from transformer_engine.common.recipe import Recipe
 
-MINIMAL_CAPABILITY = (8, 9)
-
-# Recipe name -> (TE's class, first compute capability with it, first one without it again).
-_TE_RECIPES = {
-    "delayed": ("DelayedScaling", MINIMAL_CAPABILITY, None),
-    "current": ("Float8CurrentScaling", MINIMAL_CAPABILITY, None),
-    "block": ("Float8BlockScaling", (9, 0), None),
-    "mxfp8": ("MXFP8BlockScaling", (10, 0), (12, 0)),
-}
+_TE_CLASSES = {name: facts.te_class for name, facts in RECIPES.items() if facts.te_class is not None}
 
 _INSTALL = "pip install lightning-stosign[te]"
 
@@ -32,54 +30,84 @@ class TransformerEngineBackend(Float8Backend):
     """FP8 linear layers, and the norms that go with them, by Transformer Engine.
 
     Args:
-        recipe: ``"delayed"``, ``"current"``, ``"block"``, ``"mxfp8"``, or one of TE's recipe objects. A name stands for
-            TE's defaults: E4M3 forward with E5M2 gradients (TE's HYBRID format) where a tensor has one scale
-            (``"delayed"``, ``"current"``), E4M3 for both where a block has its own (``"block"``, ``"mxfp8"``).
+        recipe: ``"delayed"``, ``"current"``, ``"block"``, ``"mxfp8"``, ``"nvfp4"``, with the options of TE's class, or
+            one of TE's recipe objects. A name stands for TE's defaults: E4M3 forward with E5M2 gradients (TE's HYBRID
+            format) where a tensor has one scale (``"delayed"``, ``"current"``), E4M3 for both where a block has its own
+            (``"block"``, ``"mxfp8"``), and E2M1 (``"nvfp4"``).
 
     Raises:
-        ValueError: This machine's GPU does not have the recipe.
+        ValueError: This machine's GPU does not have the recipe, or TE's class does not have an option.
         TypeError: ``recipe`` is neither a name nor a TE recipe.
     """
 
     name = "transformer-engine"
-    recipes = tuple(_TE_RECIPES)
+    recipes = tuple(_TE_CLASSES)
     device_types: tuple[str, ...] = ("cuda",)
+    features = frozenset({"fuse", "quantized_weights"})
 
-    def __init__(self, recipe: "str | Recipe") -> None:
+    def __init__(self, recipe: RecipeChoice) -> None:
         self._te = import_transformer_engine()
         self.recipe = _make_recipe(recipe)
-        if self.recipe.mxfp8():
-            self.multiple = 32
-        elif self.recipe.float8_block_scaling():
-            self.multiple = 128
+        self.multiple = _multiple_of(self.recipe)
 
     def is_converted(self, module: nn.Module) -> bool:
         """See :meth:`Float8Backend.is_converted`; layers of TE that the user built count."""
-        return type(module).__module__.startswith(self._te.__name__)
+        return any(base.__module__.startswith(self._te.__name__) for base in type(module).__mro__)
 
     def convert_linear(self, layer: nn.Linear, dtype: torch.dtype) -> nn.Module:
         """See :meth:`Float8Backend.convert_linear`."""
+        return without_extra_state(self.make_linear(layer, dtype))
+
+    def make_linear(self, layer: nn.Linear, dtype: torch.dtype, **arguments: Any) -> nn.Module:
+        """TE's layer of the same size, which pads its tokens; on the meta device unless told otherwise."""
         # Made on "meta", because its parameters are thrown away: no memory, no draw from the global RNG. It must be the
         # string: te.Linear compares it with "meta", and torch.device("meta") is not equal to it.
-        linear = self._te.Linear(
-            layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta", params_dtype=dtype
+        return _token_padding(self._te.Linear, self.multiple)(
+            layer.in_features,
+            layer.out_features,
+            bias=layer.bias is not None,
+            params_dtype=dtype,
+            # As torch initialises, for models that come from the meta device.
+            **{"device": "meta", "init_method": partial(nn.init.kaiming_uniform_, a=math.sqrt(5)), **arguments},
         )
-        return _without_extra_state(linear)
+
+    def convert_quantized(self, layer: nn.Linear, dtype: torch.dtype) -> nn.Module:
+        """A layer that keeps its weight in the recipe's format only, and gives it back in ``dtype`` in a state dict.
+
+        TE remembers the exact values on the CPU until an optimizer asks for them (``get_high_precision_init_val``).
+        """
+        initial = layer.weight.detach()
+        with self._te.quantized_model_init(enabled=True, recipe=self.recipe, preserve_high_precision_init_val=True):
+            # TE makes the weight, calls init_method on it and quantises what that leaves there.
+            device = "meta" if initial.is_meta else self.device_types[0]
+            linear = self.make_linear(layer, dtype, device=device, init_method=lambda weight: weight.copy_(initial))
+        cast(nn.Parameter, linear.weight).requires_grad_(layer.weight.requires_grad)
+        linear.register_state_dict_post_hook(_dequantize_weight)
+        return without_extra_state(linear)
+
+    def own_parameters(self, replacement: nn.Module) -> set[str]:
+        """See :meth:`Float8Backend.own_parameters`."""
+        return {"weight"} if getattr(replacement, "primary_weights_in_fp8", False) else set()
 
     def convert_norm(self, layer: nn.Module, dtype: torch.dtype) -> nn.Module | None:
         """See :meth:`Float8Backend.convert_norm`.
 
-        TE normalises over one dimension, always scales, and in LayerNorm always shifts; other norms stay torch's.
+        TE always scales, and in LayerNorm always shifts: a norm without is left as it is, for its parameters would be
+        new to the optimizer and to checkpoints.
         """
-        if type(layer) is nn.LayerNorm and len(layer.normalized_shape) == 1 and layer.bias is not None:
-            norm = self._te.LayerNorm(layer.normalized_shape[0], eps=layer.eps, device="meta", dtype=dtype)
-        elif type(layer) is nn.RMSNorm and len(layer.normalized_shape) == 1 and layer.weight is not None:
-            # torch normalises in float32 at least, and None means the epsilon of the type it normalises in.
-            eps = torch.finfo(torch.float32).eps if layer.eps is None else layer.eps
-            norm = self._te.RMSNorm(layer.normalized_shape[0], eps=eps, device="meta", dtype=dtype)
+        if type(layer) is nn.LayerNorm and layer.bias is not None:
+            norm = self._te.LayerNorm(layer.normalized_shape, eps=float(layer.eps), device="meta", dtype=dtype)
+        elif type(layer) is nn.RMSNorm and layer.weight is not None:
+            norm = self._te.RMSNorm(layer.normalized_shape, eps=rms_norm_eps(layer), device="meta", dtype=dtype)
         else:
             return None
-        return _without_extra_state(norm)
+        return without_extra_state(norm)
+
+    def fuse(self, root: nn.Module, kept: dict[nn.Module, list[str]], dtype: torch.dtype) -> list[str]:
+        """See :meth:`Float8Backend.fuse`."""
+        from lightning_stosign.precision.te_fusion import fuse_chains
+
+        return fuse_chains(root, kept, self._te, self.multiple, dtype)
 
     def forward_context(self) -> AbstractContextManager[Any]:
         """See :meth:`Float8Backend.forward_context`."""
@@ -91,11 +119,32 @@ class TransformerEngineBackend(Float8Backend):
             context = self._te.fp8_autocast(enabled=True, fp8_recipe=self.recipe, fp8_group=group)
         return cast(AbstractContextManager[Any], context)
 
+    def objection(self, dtype: torch.dtype) -> str | None:
+        """See :meth:`Float8Backend.objection`."""
+        if _is(self.recipe, "nvfp4"):
+            if dtype is torch.float16:
+                return "Transformer Engine's nvfp4 has no float16: use weights_dtype='bfloat16'"
+            if dtype is torch.float32 and not self.recipe.disable_rht:
+                return (
+                    "Transformer Engine rotates bfloat16 values only: use weights_dtype='bfloat16', or "
+                    "recipe={'name': 'nvfp4', 'disable_rht': True}"
+                )
+        return None
+
+    def warn_about_shared(self, names: list[str]) -> None:
+        """See :meth:`Float8Backend.warn_about_shared`."""
+        if self.recipe.delayed() and self.recipe.reduce_amax:
+            rank_zero_warn(
+                f"The layer {' = '.join(names)} has several names. Transformer Engine's delayed scaling loses its "
+                "history if it is called more than once a step: use recipe='current', or "
+                "recipe={'name': 'delayed', 'reduce_amax': False}."
+            )
+
     def state_dict(self, root: nn.Module) -> dict[str, Tensor]:
         """The layers' amax histories, in TE's own bytes; empty for all recipes but delayed scaling."""
         if not self.recipe.delayed():
             return {}
-        states = {name: layer.get_extra_state() for name, layer in root.named_modules() if self.is_converted(layer)}
+        states = {name: layer.get_extra_state() for name, layer in self._layers(root).items()}
         return {name: state for name, state in states.items() if state is not None and state.numel() > 0}
 
     def load_state_dict(self, root: nn.Module, state: dict[str, Tensor]) -> None:
@@ -106,12 +155,21 @@ class TransformerEngineBackend(Float8Backend):
         """
         if not self.recipe.delayed():
             return
-        layers = {name: layer for name, layer in root.named_modules() if self.is_converted(layer)}
+        layers = self._layers(root)
         homeless = sorted(state.keys() - layers.keys())
         if homeless:
             rank_zero_warn(f"The checkpoint holds FP8 scaling histories of layers that are not in FP8 now: {homeless}.")
         for name in state.keys() & layers.keys():
             layers[name].set_extra_state(state[name])
+
+    def _layers(self, root: nn.Module) -> dict[str, Any]:
+        """TE's layers by the names of the modules that are, or compute through, them."""
+        layers = {}
+        for name, module in root.named_modules():
+            layer = module.inner if isinstance(module, HollowLayer) else module
+            if self.is_converted(layer):
+                layers[name] = layer
+        return layers
 
 
 def cuda_capability() -> tuple[int, int] | None:
@@ -146,27 +204,72 @@ def missing_for_transformer_engine() -> str | None:
     return None
 
 
-def _make_recipe(recipe: "str | Recipe") -> "Recipe":
+def cuda_version() -> Capability | None:
+    """The version of CUDA that torch was built with, or None without one."""
+    if torch.version.cuda is None:
+        return None
+    major, minor, *_ = torch.version.cuda.split(".")
+    return int(major), int(minor)
+
+
+def rms_norm_eps(norm: nn.RMSNorm) -> float:
+    """The epsilon that torch uses: it normalises in float32 at least, and None means that type's own."""
+    return torch.finfo(torch.float32).eps if norm.eps is None else float(norm.eps)
+
+
+def _make_recipe(choice: RecipeChoice) -> "Recipe":
     library = importlib.import_module("transformer_engine.common.recipe")
-    if not isinstance(recipe, str):
-        if not isinstance(recipe, library.Recipe):
+    if choice.name is None:
+        if not isinstance(choice.given, library.Recipe):
             raise TypeError(
-                f"recipe must be one of {list(_TE_RECIPES)} or a transformer_engine.common.recipe.Recipe, "
-                f"got {recipe!r} of type {type(recipe).__name__}"
+                f"recipe must be one of {list(_TE_CLASSES)}, a mapping with such a 'name', or a "
+                f"transformer_engine.common.recipe.Recipe, got {choice.given!r} of type {type(choice.given).__name__}"
             )
-        return recipe
-    class_name, first, beyond = _TE_RECIPES[recipe]
-    capability = cuda_capability()
-    if capability is not None and (capability < first or (beyond is not None and capability >= beyond)):
-        limit = "" if beyond is None else " and below {}.{}".format(*beyond)
-        raise ValueError(
-            "recipe={!r} needs a CUDA device of compute capability {}.{} or higher{}, and this one has {}.{}; "
-            "recipe='current' runs on it".format(recipe, *first, limit, *capability)
-        )
-    return getattr(library, class_name)()
+        return choice.given
+    check_hardware(choice.name, cuda_capability(), cuda_version())
+    recipe_class = getattr(library, _TE_CLASSES[choice.name])
+    options = choice.options_among(tuple(field.name for field in fields(recipe_class)))
+    for option, value in options.items():
+        if option.endswith("_format") and isinstance(value, str):
+            if value not in library.Format.__members__:
+                known = list(library.Format.__members__)
+                raise ValueError(f"recipe={choice.given!r}: {option} must be one of {known}, got {value!r}")
+            options[option] = library.Format[value]
+    return recipe_class(**options)
 
 
-def _without_extra_state(layer: nn.Module) -> nn.Module:
+def _multiple_of(recipe: "Recipe") -> int:
+    """Of how many features and tokens TE's layers want a multiple."""
+    for kind, name in (("mxfp8", "mxfp8"), ("float8_block_scaling", "block"), ("nvfp4", "nvfp4")):
+        if _is(recipe, kind):
+            return RECIPES[name].multiple
+    return int(getattr(recipe, "quantization_alignment", RECIPES["current"].multiple))
+
+
+def _is(recipe: "Recipe", kind: str) -> bool:
+    """Whether a recipe is of a kind; an older TE does not know every kind."""
+    return hasattr(recipe, kind) and bool(getattr(recipe, kind)())
+
+
+@lru_cache(maxsize=8)
+def _token_padding(linear_type: type, multiple: int) -> Any:
+    """A subclass of TE's linear layer that fills the tokens up with zeros to a multiple, where it is needed.
+
+    TE refuses a number of tokens that is no multiple of 8, and some of its products one that is no multiple of 16; the
+    last batch of an epoch often has such a number. Zeros change no other token, no scale and no gradient.
+    """
+
+    class Linear(linear_type):
+        def forward(self, inp: Tensor, *args: Any, **options: Any) -> Any:
+            leading = inp.shape[:-1]
+            if leading.numel() % multiple == 0:
+                return super().forward(inp, *args, **options)
+            return unpad_tokens(super().forward(pad_tokens(inp, multiple), *args, **options), leading)
+
+    return Linear
+
+
+def without_extra_state(layer: nn.Module) -> nn.Module:
     """Keep the state-dict keys of the torch layer: TE adds ``_extra_state``, which an unconverted model cannot load.
 
     Lightning loads the weights before the plugin converts the model. With delayed scaling the extra state has content:
@@ -175,6 +278,12 @@ def _without_extra_state(layer: nn.Module) -> nn.Module:
     layer.register_state_dict_post_hook(_drop_extra_state)
     layer.register_load_state_dict_pre_hook(_add_empty_extra_state)
     return layer
+
+
+def _dequantize_weight(layer: nn.Module, state_dict: MutableMapping[str, Any], prefix: str, metadata: Any) -> None:
+    key = f"{prefix}weight"
+    if hasattr(state_dict.get(key), "dequantize"):
+        state_dict[key] = state_dict[key].dequantize()
 
 
 def _drop_extra_state(layer: nn.Module, state_dict: MutableMapping[str, Any], prefix: str, metadata: Any) -> None:

@@ -4,12 +4,14 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import nn
 
 from lightning_stosign.precision._backend import Float8Backend
+from lightning_stosign.precision._layers import shared_parameters
+from lightning_stosign.precision._recipes import RECIPES, RecipeChoice
 
 _TORCHAO_RECIPES = {"current": "tensorwise", "rowwise": "rowwise"}
 
@@ -30,21 +32,29 @@ class TorchAOBackend(Float8Backend):
     throughout. All three matrix products of a layer, one forward and two backward, have FP8 operands.
 
     Args:
-        recipe: ``"current"`` or ``"rowwise"``.
+        recipe: ``"current"`` or ``"rowwise"``, without options.
+
+    Raises:
+        ValueError: The recipe has an option.
     """
 
     name = "torchao"
     recipes = tuple(_TORCHAO_RECIPES)
     device_types = ("cpu", "cuda", "mps", "xpu")
 
-    def __init__(self, recipe: str) -> None:
+    def __init__(self, recipe: RecipeChoice) -> None:
         with _without_import_noise():
             from torchao.float8 import Float8LinearConfig, convert_to_float8_training
             from torchao.float8.float8_linear import Float8Linear
+        recipe.options_among(())
+        assert recipe.name is not None
         self._convert = convert_to_float8_training
         self._layer_type = Float8Linear
+        self.multiple = RECIPES[recipe.name].multiple
+        # FSDP2 gathers a weight's shards, each cast by the scale of the whole: only one scale a tensor can do that.
+        self.features = frozenset({"float8_all_gather"} if recipe.name == "current" else ())
         self.config = replace(
-            Float8LinearConfig.from_recipe_name(_TORCHAO_RECIPES[recipe]),
+            Float8LinearConfig.from_recipe_name(_TORCHAO_RECIPES[recipe.name]),
             emulate=not has_float8_gemm(),
             # The weight gradient sums over the tokens, and a GPU sums only multiples of 16: zeros fill up the rest.
             pad_inner_dim=True,
@@ -58,6 +68,27 @@ class TorchAOBackend(Float8Backend):
         """See :meth:`Float8Backend.convert_linear`."""
         # Given a root layer, torchao returns a new one; given a model, it misses the second name of a shared layer.
         return cast(nn.Module, self._convert(layer, config=self.config))
+
+    def float8_all_gather(self, root: nn.Module) -> None:
+        """See :meth:`Float8Backend.float8_all_gather`; a weight that several modules hold stays as it is."""
+        from torchao.float8.fsdp_utils import WeightWithDynamicFloat8CastTensor
+
+        tied = shared_parameters(root)
+        for module in root.modules():
+            if not self.is_converted(module):
+                continue
+            layer = cast(Any, module)
+            if layer.weight not in tied and not isinstance(layer.weight, WeightWithDynamicFloat8CastTensor):
+                weight = WeightWithDynamicFloat8CastTensor(
+                    layer.weight.detach(), layer.linear_mm_config, self.config.cast_config_weight.target_dtype
+                )
+                layer.weight = nn.Parameter(weight, requires_grad=layer.weight.requires_grad)
+
+    def after_step(self, root: nn.Module) -> None:
+        """Find the scales of all sharded weights by one reduction, where each layer would need its own."""
+        from torchao.float8 import precompute_float8_dynamic_scale_for_fsdp
+
+        precompute_float8_dynamic_scale_for_fsdp(root)
 
 
 def has_float8_gemm() -> bool:

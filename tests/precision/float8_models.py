@@ -74,6 +74,10 @@ def torchao_plugin(**arguments: Any) -> Float8Precision:
     return Float8Precision(backend="torchao", **arguments)
 
 
+def te_plugin(**arguments: Any) -> Float8Precision:
+    return Float8Precision(backend="transformer-engine", **arguments)
+
+
 class Wrapped(LightningModule):
     """A LightningModule around any modules."""
 

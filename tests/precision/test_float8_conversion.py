@@ -103,7 +103,9 @@ def test_conversion_is_in_place_and_announced_once(caplog: pytest.LogCaptureFixt
         assert float8.convert_module(model) is model
         float8.convert_module(model)
     messages = [record.message for record in caplog.records if "Float8Precision" in record.message]
-    assert messages == ["Float8Precision: 3 of 4 linear layers compute in FP8 (backend 'torchao', recipe 'current')"]
+    assert messages == [
+        "Float8Precision: 3 of 4 linear layers compute in low precision (backend 'torchao'; recipe 'current')"
+    ]
 
 
 # What the layers keep

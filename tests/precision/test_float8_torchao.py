@@ -12,6 +12,7 @@ from lightning.pytorch.cli import LightningCLI
 from torch import nn
 
 from lightning_stosign.precision import Float8Precision, torchao_backend
+from lightning_stosign.precision._recipes import parse_recipe
 from lightning_stosign.precision.torchao_backend import _without_import_noise
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
@@ -73,7 +74,7 @@ def test_products_are_emulated_only_where_the_hardware_lacks_them(
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
     assert torchao_backend.has_float8_gemm() is real
-    assert torchao_backend.TorchAOBackend("current").config.emulate is not real
+    assert torchao_backend.TorchAOBackend(parse_recipe("current")).config.emulate is not real
 
 
 def test_any_number_of_tokens_gives_a_gpu_inner_sizes_that_are_multiples_of_16() -> None:

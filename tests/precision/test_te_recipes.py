@@ -1,0 +1,203 @@
+import re
+from typing import Any
+
+import pytest
+import te_stand_in
+import torch
+from float8_models import batches, net, te_plugin, trainer
+
+from lightning_stosign.precision import Float8Precision, te_backend
+from lightning_stosign.precision.te_backend import TransformerEngineBackend
+
+recipes = te_stand_in.recipes
+
+
+pytestmark = pytest.mark.filterwarnings("ignore:Float8Precision leaves these layers")
+
+
+@pytest.mark.parametrize(
+    ("name", "recipe_type", "capability", "fp8_format"),
+    [
+        ("delayed", "DelayedScaling", (8, 9), "HYBRID"),
+        ("current", "Float8CurrentScaling", (8, 9), "HYBRID"),
+        ("block", "Float8BlockScaling", (9, 0), "E4M3"),
+        ("mxfp8", "MXFP8BlockScaling", (10, 0), "E4M3"),
+        ("nvfp4", "NVFP4BlockScaling", (12, 0), "E4M3"),
+    ],
+)
+def test_a_name_stands_for_the_recipe_of_te(
+    te: Any, monkeypatch: Any, name: str, recipe_type: str, capability: tuple, fp8_format: str
+) -> None:
+    monkeypatch.setattr(te_backend, "cuda_capability", lambda: capability)
+    with te_plugin(recipe=name, weights_dtype="bfloat16").forward_context():
+        pass
+    recipe = te.AUTOCASTS[-1].recipe
+    assert type(recipe) is getattr(recipes, recipe_type)
+    assert recipe.fp8_format is getattr(recipes.Format, fp8_format)
+
+
+def test_a_recipe_object_is_passed_through(te: Any) -> None:
+    recipe = recipes.DelayedScaling(amax_history_len=4)
+    with te_plugin(recipe=recipe).forward_context():
+        pass
+    assert te.AUTOCASTS[-1].recipe is recipe
+
+
+@pytest.mark.parametrize(
+    ("name", "capability", "message"),
+    [
+        (
+            "block",
+            (8, 9),
+            "recipe='block' needs compute capability 9.0 or higher and CUDA 12.9 or newer; "
+            "this GPU has 8.9 and runs ['delayed', 'current']: use 'current'",
+        ),
+        (
+            "mxfp8",
+            (9, 0),
+            "recipe='mxfp8' needs compute capability 10.0 up to, but not including, 12.0; "
+            "this GPU has 9.0 and runs ['delayed', 'current', 'block']: use 'block'",
+        ),
+        (
+            "mxfp8",
+            (12, 0),
+            "recipe='mxfp8' needs compute capability 10.0 up to, but not including, 12.0; "
+            "this GPU has 12.0 and runs ['delayed', 'current', 'block', 'nvfp4']: use 'block'",
+        ),
+        (
+            "nvfp4",
+            (9, 0),
+            "recipe='nvfp4' needs compute capability 10.0 or higher; "
+            "this GPU has 9.0 and runs ['delayed', 'current', 'block']: use 'block'",
+        ),
+    ],
+)
+@pytest.mark.parametrize("backend", ["auto", "transformer-engine"])
+def test_a_recipe_that_the_gpu_lacks_is_refused_with_what_it_has(
+    te: Any, monkeypatch: Any, backend: Any, name: str, capability: tuple, message: str
+) -> None:
+    monkeypatch.setattr(te_backend, "cuda_capability", lambda: capability)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        Float8Precision(name, backend=backend)
+
+
+def test_an_old_cuda_is_named_too(te: Any, monkeypatch: Any) -> None:
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    message = "this GPU has 9.0 with CUDA 12.8 and runs ['delayed', 'current']: use 'current'"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        te_plugin(recipe="block")
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    te_plugin(recipe="block")
+
+
+def test_a_mapping_gives_a_recipe_its_options(te: Any) -> None:
+    options = {"name": "delayed", "amax_history_len": 4, "fp8_format": "E4M3", "reduce_amax": False}
+    with te_plugin(recipe=options).forward_context():
+        pass
+    recipe = te.AUTOCASTS[-1].recipe
+    assert type(recipe) is recipes.DelayedScaling
+    assert (recipe.amax_history_len, recipe.fp8_format, recipe.reduce_amax) == (4, recipes.Format.E4M3, False)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "parts"),
+    [
+        ({"amax_history_len": 4}, ["must have a 'name'", "'delayed'"]),
+        ({"name": "hybrid"}, ["'hybrid'", "'delayed'"]),
+        ({"name": "delayed", "margn": 1}, ["['margn']", "'delayed'", "'margin'"]),
+        ({"name": "current", "fp8_format": "E3M4"}, ["fp8_format", "'E3M4'", "'HYBRID'"]),
+    ],
+)
+def test_options_that_a_recipe_does_not_have_are_refused(te: Any, recipe: Any, parts: list[str]) -> None:
+    with pytest.raises(ValueError, match="recipe") as raised:
+        te_plugin(recipe=recipe)
+    for part in parts:
+        assert part in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "weights_dtype", "match"),
+    [
+        ("nvfp4", "float32", "rotates bfloat16 values only: use weights_dtype='bfloat16'"),
+        ("nvfp4", "float16", "has no float16"),
+        ({"name": "nvfp4", "disable_rht": True}, "float32", None),
+        ("nvfp4", "bfloat16", None),
+    ],
+)
+def test_nvfp4_asks_for_the_weights_that_it_can_rotate(
+    te: Any, monkeypatch: Any, recipe: Any, weights_dtype: str, match: str | None
+) -> None:
+    monkeypatch.setattr(te_backend, "cuda_capability", lambda: (10, 0))
+    if match is None:
+        trainer(te_plugin(recipe=recipe, weights_dtype=weights_dtype), steps=1).fit(net(), batches())
+    else:
+        with pytest.raises(ValueError, match=match):
+            te_plugin(recipe=recipe, weights_dtype=weights_dtype)
+
+
+@pytest.mark.parametrize(("capability", "backend"), [((9, 0), "transformer-engine"), ((8, 0), "torchao")])
+def test_auto_takes_te_where_it_runs(te: Any, monkeypatch: Any, capability: tuple, backend: str) -> None:
+    monkeypatch.setattr(te_backend, "cuda_capability", lambda: capability)
+    assert Float8Precision().backend == backend
+
+
+def test_auto_takes_torchao_for_its_own_recipe(te: Any) -> None:
+    assert Float8Precision("rowwise").backend == "torchao"
+
+
+# The forward context
+
+
+def test_steps_run_inside_one_enabled_autocast(te: Any) -> None:
+    model = net()
+    run = trainer(te_plugin(), steps=2)
+    run.fit(model, batches())
+    assert len(te.AUTOCASTS) == 2
+    assert all(call.enabled and call.amax_reduction_group is None for call in te.AUTOCASTS)
+    assert model.first.recipe is te.AUTOCASTS[-1].recipe  # the layers saw it
+    run.test(model, batches(1), verbose=False)
+    assert len(te.AUTOCASTS) == 3
+
+
+@pytest.mark.parametrize(("weights_dtype", "expected"), [("float32", False), ("bfloat16", torch.bfloat16)])
+def test_other_operations_are_autocast_to_bfloat16_weights_only(te: Any, weights_dtype: str, expected: Any) -> None:
+    model = net()
+    trainer(te_plugin(weights_dtype=weights_dtype), steps=1).fit(model, batches())
+    assert te.AUTOCASTS[0].torch_autocast == expected
+    assert model.first.weight.dtype == model.dtype == getattr(torch, weights_dtype)
+
+
+def test_amax_is_reduced_over_the_world(te: Any, tmp_path: Any) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        with te_plugin().forward_context():
+            pass
+        assert te.AUTOCASTS[-1].amax_reduction_group is torch.distributed.group.WORLD
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_an_old_te_is_asked_through_its_old_name(te: Any, monkeypatch: Any) -> None:
+    calls = []
+
+    def fp8_autocast(
+        enabled: bool = True, calibrating: bool = False, fp8_recipe: Any = None, fp8_group: Any = None
+    ) -> Any:
+        calls.append((enabled, fp8_recipe, fp8_group))
+        return autocast(enabled, calibrating, fp8_recipe, fp8_group)
+
+    autocast = te.autocast
+    monkeypatch.setattr(te, "fp8_autocast", fp8_autocast, raising=False)
+    recipe = recipes.Float8CurrentScaling()
+    with te_plugin(recipe=recipe).forward_context():
+        assert not calls  # not while the new name is there
+    monkeypatch.delattr(te, "autocast")
+    with te_plugin(recipe=recipe).forward_context():
+        pass
+    assert calls == [(True, recipe, None)]
+
+
+def test_a_run_on_another_device_is_refused(te: Any, monkeypatch: Any) -> None:
+    monkeypatch.setattr(TransformerEngineBackend, "device_types", ("cuda",))
+    with pytest.raises(RuntimeError, match=r"runs on cuda, and the model is on 'cpu'.*backend='torchao'"):
+        trainer(te_plugin()).fit(net(), batches())
