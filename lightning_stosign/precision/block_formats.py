@@ -1,7 +1,6 @@
 """What is left of a tensor after block-scaled FP8 or FP4: pure rounding functions, on any device."""
 
 import math
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -67,6 +66,8 @@ def round_blocks(values: Tensor, format: BlockFormat, *, square: bool = False, s
         2509.25149 for NVFP4.
     """
     rows, columns = values.shape
+    if values.numel() == 0:
+        return values
     size = format.block_size
     height = size if square else 1
     padded = pad(values, (0, -columns % size, 0, -rows % height))
@@ -129,8 +130,7 @@ def rotate_blocks(values: Tensor, size: int) -> Tensor:
         float32, ``[rows, columns rounded up]``.
     """
     padded = pad(values, (0, -values.shape[1] % size))
-    rotation = _rotation(size).to(values.device)
-    return (padded.view(-1, size) @ rotation).view(padded.shape)
+    return (padded.reshape(-1, size) @ _rotation(size, values.device)).view(padded.shape)
 
 
 def _power_of_two_scales(amax: Tensor, largest: float) -> Tensor:
@@ -148,11 +148,10 @@ def _nv_scales(amax: Tensor) -> Tensor:
     return torch.where(scale == 0, amax.clamp(min=1.0) * _E4M3_MAX, scale)
 
 
-@lru_cache(maxsize=8)
-def _rotation(size: int) -> Tensor:
-    matrix = torch.ones(1, 1)
+def _rotation(size: int, device: torch.device) -> Tensor:
+    matrix = torch.ones(1, 1, device=device)
     while matrix.shape[0] < size:
         matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
-    index = torch.arange(size, dtype=torch.int32)
+    index = torch.arange(size, dtype=torch.int32, device=device)
     signs = 1.0 - 2.0 * (hash_bits(index, torch.zeros_like(index), torch.ones_like(index)) & 1)
     return signs[:, None] * matrix / math.sqrt(size)

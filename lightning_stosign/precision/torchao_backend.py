@@ -29,7 +29,8 @@ class TorchAOBackend(Float8Backend):
     Recipe ``"current"`` scales each tensor by its own largest magnitude, amax, found at the moment of the cast:
     ``x_fp8 = cast(x * f / amax)`` with ``f = 448`` for E4M3 (activations and weights) and ``f = 57344`` for E5M2
     (gradients of the outputs). Recipe ``"rowwise"`` has one scale a row, rounded down to a power of two, and E4M3
-    throughout. All three matrix products of a layer, one forward and two backward, have FP8 operands.
+    throughout. All three matrix products of a layer, one forward and two backward, have FP8 operands. Where the
+    hardware does not multiply FP8 matrices, the operands are rounded all the same and multiplied in float32.
 
     Args:
         recipe: ``"current"`` or ``"rowwise"``, without options.
@@ -55,7 +56,9 @@ class TorchAOBackend(Float8Backend):
         self.features = frozenset({"float8_all_gather"} if recipe.name == "current" else ())
         self.config = replace(
             Float8LinearConfig.from_recipe_name(_TORCHAO_RECIPES[recipe.name]),
-            emulate=not has_float8_gemm(),
+            # Where rows have scales of their own, torchao rounds the product to bfloat16. A GPU gains speed by it; the
+            # CPU gains nothing, so there the rounded operands are multiplied in float32.
+            emulate=not has_float8_gemm() or (recipe.name == "rowwise" and not torch.cuda.is_available()),
             # The weight gradient sums over the tokens, and a GPU sums only multiples of 16: zeros fill up the rest.
             pad_inner_dim=True,
         )

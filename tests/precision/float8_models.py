@@ -93,6 +93,7 @@ class ScaledMMs:
     def __init__(self) -> None:
         self.operands: list[tuple[torch.dtype, torch.dtype]] = []
         self.inner_sizes: list[int] = []
+        self.shapes: list[tuple[torch.Size, torch.Size]] = []
 
     def __enter__(self) -> "ScaledMMs":
         real = torch._scaled_mm
@@ -100,6 +101,7 @@ class ScaledMMs:
         def recording(a: torch.Tensor, b: torch.Tensor, *rest: Any, **options: Any) -> torch.Tensor:
             self.operands.append((a.dtype, b.dtype))
             self.inner_sizes.append(a.shape[1])
+            self.shapes.append((a.shape, b.shape))
             return real(a, b, *rest, **options)
 
         self._patch = mock.patch.object(torch, "_scaled_mm", recording)

@@ -188,7 +188,7 @@ class _Base(nn.Module):
         if recipe.delayed():
             assert self not in _active[-1].called or not recipe.reduce_amax, "called twice in one autocast region"
             _active[-1].called.add(self)
-            self.amax_history.append(inp.detach().abs().max().item())
+            self.amax_history.append(max(inp.detach().abs().flatten().tolist(), default=0.0))
 
 
 def _normal(tensor: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,210 @@
+"""What Transformer Engine offers beyond the conversion: weights in FP8 only, and fused layers."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from float8_models import Net, Wrapped, batches, net, te_plugin, trainer
+from torch import nn
+
+from lightning_stosign import StoSignConfig, StoSignMixin
+
+pytestmark = pytest.mark.filterwarnings("ignore:Float8Precision leaves these layers")
+
+
+# Weights in FP8 only
+
+
+def test_quantised_weights_start_from_the_values_of_the_model(te: Any) -> None:
+    model = net()
+    initial = copy.deepcopy(model.state_dict())
+    model.middle.requires_grad_(False)
+    state = torch.get_rng_state()
+    float8 = te_plugin(quantized_weights=True)
+    float8.convert_module(model)
+    for layer in (model.first, model.middle, model.last):
+        assert isinstance(layer.weight, te.QuantizedParameter)
+    assert torch.equal(model.first.weight.get_high_precision_init_val(), initial["first.weight"])
+    assert not model.middle.weight.requires_grad
+    assert torch.equal(torch.get_rng_state(), state)
+    request = te.QUANTIZED_INITS[-1]
+    assert (request["enabled"], request["preserve"]) == (True, True)
+    with float8.forward_context():
+        assert request["recipe"] is te.AUTOCASTS[-1].recipe
+
+
+def test_a_state_dict_holds_plain_weights(te: Any) -> None:
+    model = te_plugin(quantized_weights=True).convert_module(net())
+    state = model.state_dict()
+    assert {type(value) for value in state.values()} == {torch.Tensor}
+    fresh = net(seed=7)
+    fresh.load_state_dict(state)
+    model.load_state_dict(net(seed=8).state_dict())
+    assert torch.equal(model.first.weight, net(seed=8).first.weight)
+
+
+def test_tied_weights_are_not_quantised(te: Any) -> None:
+    model = Wrapped(embedding=nn.Embedding(32, 16), head=nn.Linear(16, 32, bias=False), other=nn.Linear(16, 16))
+    model.head.weight = model.embedding.weight
+    te_plugin(quantized_weights=True).convert_module(model)
+    assert isinstance(model.head, te.Linear)
+    assert model.head.weight is model.embedding.weight
+    assert isinstance(model.other.weight, te.QuantizedParameter)
+
+
+def test_quantised_weights_on_meta_stay_there(te: Any) -> None:
+    with torch.device("meta"):
+        model = Net()
+    te_plugin(quantized_weights=True).convert_module(model)
+    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
+
+
+# Fused layers
+
+
+class Mixed(StoSignMixin, Wrapped):
+    """With param groups."""
+
+    stosign = StoSignConfig(weight_decay=0.1)
+
+
+def sequence(norm: type[nn.Module] = nn.LayerNorm, bias: bool = True) -> Any:
+    torch.manual_seed(0)
+    model = Mixed(
+        embed=nn.Linear(32, 16),
+        one=nn.Sequential(norm(16), nn.Linear(16, 48, bias=bias)),
+        mlp=nn.Sequential(
+            nn.Identity(),
+            norm(16),
+            nn.Linear(16, 64, bias=bias),
+            nn.GELU(approximate="tanh"),
+            nn.Linear(64, 16, bias=bias),
+        ),
+    )
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.3)
+    return model
+
+
+@pytest.mark.parametrize("norm", [nn.LayerNorm, nn.RMSNorm])
+@pytest.mark.parametrize("bias", [True, False])
+def test_fused_layers_compute_and_learn_what_the_separate_ones_did(te: Any, norm: Any, bias: bool) -> None:
+    separate, fused = sequence(norm, bias), sequence(norm, bias)
+    float8 = te_plugin(fuse=True)
+    float8.convert_module(fused)
+    inner = [module.inner for module in fused.modules() if hasattr(module, "inner")]
+    assert [type(layer) for layer in inner] == [te.LayerNormLinear, te.LayerNormMLP]
+    inputs = torch.randn(3, 5, 16)
+    for name in ("one", "mlp"):
+        truth = getattr(separate, name)(inputs)
+        with float8.forward_context():
+            output = getattr(fused, name)(inputs)
+        torch.testing.assert_close(output, truth)
+        for result in (truth, output):
+            result.square().sum().backward()
+    for (name, parameter), truth in zip(fused.named_parameters(), separate.parameters(), strict=True):
+        assert (parameter.grad is None) == name.startswith("embed")
+        torch.testing.assert_close(parameter.grad, truth.grad)
+
+
+def test_fusing_changes_no_name_no_parameter_and_no_state(te: Any) -> None:
+    model = sequence()
+    before, keys, groups = dict(model.named_parameters()), list(model.state_dict()), model.param_groups()
+    te_plugin(fuse=True).convert_module(model)
+    after = dict(model.named_parameters())
+    assert list(after) == list(before)
+    assert all(after[name] is before[name] for name in before)
+    assert list(model.state_dict()) == keys
+    sequence().load_state_dict(model.state_dict())
+    assert [group["param_names"] for group in model.param_groups()] == [group["param_names"] for group in groups]
+    inputs = torch.randn(16, 16)
+    assert torch.equal(copy.deepcopy(model).mlp(inputs), model.mlp(inputs))
+
+
+def test_a_copy_of_a_fused_model_has_parameters_of_its_own(te: Any) -> None:
+    model = te_plugin(fuse=True).convert_module(sequence())
+    twin, inputs = copy.deepcopy(model), torch.randn(16, 16)
+    before = twin.mlp(inputs)
+    with torch.no_grad():
+        model.mlp[1].weight.zero_()
+    assert torch.equal(twin.mlp(inputs), before)
+
+
+def test_the_histories_of_fused_layers_are_saved(te: Any) -> None:
+    model, float8 = sequence(), te_plugin(fuse=True, recipe="delayed")
+    float8.convert_module(model)
+    with float8.forward_context():
+        model.mlp(torch.randn(16, 16))
+    assert set(float8.state_dict()["layers"]) == {"mlp.4"}
+
+
+def with_hook(layer: nn.Module) -> nn.Module:
+    layer.register_forward_hook(lambda *call: None)
+    return layer
+
+
+@pytest.mark.parametrize(
+    "layers",
+    [
+        (nn.LayerNorm(16), nn.ReLU(), nn.Linear(16, 16)),
+        (nn.LayerNorm(16, elementwise_affine=False), nn.Linear(16, 16)),
+        (nn.LayerNorm((4, 16)), nn.Linear(16, 16)),
+        (nn.LayerNorm(16), nn.Linear(16, 24)),
+        (with_hook(nn.LayerNorm(16)), nn.Linear(16, 16)),
+        (nn.LayerNorm(16), with_hook(nn.Linear(16, 16))),
+        (nn.LayerNorm(16).eval(), nn.Linear(16, 16)),
+    ],
+)
+def test_what_is_no_chain_is_not_fused(te: Any, layers: tuple[nn.Module, ...]) -> None:
+    model = Wrapped(chain=nn.Sequential(*layers), other=nn.Linear(16, 16))
+    te_plugin(fuse=True).convert_module(model)
+    assert not any(hasattr(module, "inner") for module in model.modules())
+
+
+@pytest.mark.parametrize("activation", [nn.GELU(), nn.Tanh()])
+def test_an_activation_that_te_lacks_leaves_the_second_layer_apart(te: Any, activation: nn.Module) -> None:
+    model = Wrapped(chain=nn.Sequential(nn.LayerNorm(16), nn.Linear(16, 32), activation, nn.Linear(32, 16)))
+    te_plugin(fuse=True).convert_module(model)
+    assert isinstance(model.chain[1].inner, te.LayerNormLinear)
+    assert model.chain[2] is activation
+    assert isinstance(model.chain[3], te.Linear)
+
+
+def test_excluded_layers_are_not_fused(te: Any) -> None:
+    model = sequence()
+    te_plugin(fuse=True, exclude=["one.0", "mlp"]).convert_module(model)
+    assert not any(hasattr(module, "inner") for module in model.modules())
+    assert isinstance(model.one[1], te.Linear)
+
+
+def test_fused_parameters_that_come_from_meta_can_be_initialised(te: Any) -> None:
+    with torch.device("meta"):
+        model = sequence()
+    te_plugin(fuse=True).convert_module(model)
+    model.to_empty(device="cpu")
+    for module in model.modules():
+        if list(module.parameters(recurse=False)) and hasattr(module, "kind"):
+            module.reset_parameters()
+    model.one[1].reset_parameters()
+    assert torch.equal(model.one[0].weight, torch.ones(16))
+    assert model.one[1].weight.abs().max() <= 0.25
+
+
+def test_a_fused_run_resumes_and_trains_where_the_separate_one_goes(te: Any) -> None:
+    class Stack(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.middle = nn.Sequential(nn.LayerNorm(64), nn.Linear(64, 64, bias=False))
+
+    models = [net(model=Stack), net(model=Stack)]
+    trainer(te_plugin(fuse=True), steps=4).fit(models[0], batches())
+    trainer(steps=4).fit(models[1], batches())
+    assert models[0].losses == models[1].losses
+
+
+def test_a_shared_layer_under_delayed_scaling_is_warned_about(te: Any) -> None:
+    shared = nn.Linear(16, 16)
+    with pytest.warns(UserWarning, match=r"layer one = two has several names.*recipe='current'"):
+        te_plugin(recipe="delayed").convert_module(Wrapped(one=shared, two=shared))
