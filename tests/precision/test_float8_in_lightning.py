@@ -13,12 +13,14 @@ from lightning.pytorch.callbacks import ThroughputMonitor
 from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 
-from lightning_stosign import StoSignConfig
+from lightning_stosign import StoSignConfig, StoSignMixin
 from lightning_stosign.precision import Float8Precision
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
+EXAMPLES = Path(__file__).parents[2] / "examples"
+sys.path.insert(0, str(EXAMPLES))
 
-from gpt import GPTModule
+from gpt import GPTModule  # noqa: E402
+from pretrain_gpt import main as pretrain  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:Float8Precision leaves these layers")
 
@@ -118,3 +120,49 @@ def test_bfloat16_weights_run_emulated_under_autocast() -> None:
         again = twin(inputs)
     assert output.dtype == torch.bfloat16
     assert torch.equal(output, again)
+
+
+@pytest.mark.parametrize(("optimizer", "moves"), [("stosign", True), ("signsgd", True), ("adamw", False)])
+def test_steps_below_bfloat16_s_spacing_are_not_lost(optimizer: Any, moves: bool) -> None:
+    """The weights are 1, half the spacing of bfloat16 there is 2**-8 above and 2**-9 below, and a step is 1e-4."""
+
+    class Constant(StoSignMixin, Wrapped):
+        def training_step(self, batch: Any, index: int) -> torch.Tensor:
+            return self.layer(torch.ones(16, 64)).sum()  # descends: every gradient is 16
+
+    model = Constant(layer=nn.Linear(64, 64, bias=False))
+    nn.init.ones_(model.layer.weight)
+    model.stosign = StoSignConfig(optimizer=optimizer, lr=1e-4, schedule="constant", weight_decay=0.0)
+    trainer(torchao_plugin(weights_dtype="bfloat16"), steps=10).fit(model, batches(10))
+    moved = 1 - model.layer.weight.double().mean().item()
+    assert model.layer.weight.dtype == torch.bfloat16
+    if moves:
+        # Each of 4096 weights moves by one spacing of 2**-8 with probability 10 * 1e-4 * 2**8: 4.5 standard deviations.
+        assert moved == pytest.approx(10e-4, abs=1.3e-4)
+    else:
+        assert moved == 0
+
+
+def test_the_command_line_chooses_recipe_and_backend(tmp_path: Path) -> None:
+    cli = pretrain(
+        [
+            "fit",
+            f"--config={EXAMPLES / 'pretrain_gpt.yaml'}",
+            '--trainer.plugins={"class_path": "lightning_stosign.Float8Precision", "init_args": '
+            '{"recipe": {"name": "nvfp4", "disable_rht": true}, "backend": "emulation", "weights_dtype": "bfloat16"}}',
+            "--trainer.max_steps=1",
+            "--model.stosign.warmup_steps=0",
+            "--trainer.limit_val_batches=0",
+            "--trainer.logger=false",
+            "--trainer.callbacks=null",
+            "--trainer.enable_checkpointing=false",
+            "--trainer.enable_progress_bar=false",
+            "--trainer.enable_model_summary=false",
+            f"--trainer.default_root_dir={tmp_path}",
+        ]
+    )
+    plugin = cli.trainer.precision_plugin
+    assert isinstance(plugin, Float8Precision)
+    assert (plugin.backend, plugin._backend.rounding.rotate) == ("emulation", False)
+    assert cli.model.model.head.weight.dtype == torch.bfloat16
+    assert cli.trainer.global_step == 1
