@@ -1,6 +1,12 @@
 """Optimizers that survive low precision, and the instruments that show when one does not."""
 
-from lightning_stosign.callbacks import OptimizerStateMonitor, StateCollapseError, StateCollapseGuard
+from lightning_stosign.callbacks import (
+    OptimizerStateMonitor,
+    SignStepSizeFinder,
+    StateCollapseError,
+    StateCollapseGuard,
+    find_step_size,
+)
 from lightning_stosign.module import StoSignConfig, StoSignMixin
 from lightning_stosign.optim import (
     ALIAS,
@@ -24,6 +30,7 @@ __all__ = [
     "SignConverted",
     "SignDDPStrategy",
     "SignSGD",
+    "SignStepSizeFinder",
     "StateCollapseError",
     "StateCollapseGuard",
     "StatePrecision",
@@ -31,6 +38,7 @@ __all__ = [
     "StoSignMixin",
     "StoSignSGD",
     "emulate_state_precision",
+    "find_step_size",
     "promote_state",
     "state_bytes",
 ]

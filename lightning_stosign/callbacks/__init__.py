@@ -2,5 +2,6 @@
 
 from lightning_stosign.callbacks.collapse_guard import StateCollapseError, StateCollapseGuard
 from lightning_stosign.callbacks.state_monitor import OptimizerStateMonitor
+from lightning_stosign.callbacks.step_size_finder import SignStepSizeFinder, find_step_size
 
-__all__ = ["OptimizerStateMonitor", "StateCollapseError", "StateCollapseGuard"]
+__all__ = ["OptimizerStateMonitor", "SignStepSizeFinder", "StateCollapseError", "StateCollapseGuard", "find_step_size"]

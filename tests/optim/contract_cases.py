@@ -13,7 +13,7 @@ from torch.testing._internal.common_optimizers import (
     get_error_inputs_for_all_optims,
 )
 
-from lightning_stosign import OnlineToNonconvex, SignConverted, SignSGD, StoSignSGD
+from lightning_stosign import ALIAS, OnlineToNonconvex, SignConverted, SignSGD, StoSignSGD
 
 COMMON = [
     {},
@@ -82,8 +82,16 @@ def _cases(infos):
 # Its step is not the learning rate's size, which the tests of each_info are about.
 ONLINE_TO_NONCONVEX = info(OnlineToNonconvex, [*COMMON[:4], {"radius": 0.5, "window": 3}], [])
 
+# It has no lr, and without a closure it compares each gradient with the last one.
+_WITHOUT_CLOSURE = {"same_batch": False, "d0": 0.1}
+FULL_GRADIENT_ALIAS = info(
+    ALIAS,
+    [{**_WITHOUT_CLOSURE, **more} for more in ({}, {"weight_decay": 0.1}, {"momentum": 0.9}, {"beta2": 0.99})],
+    [],
+)
+
 # Every option of every optimizer, as a function of the parameters; with fused=True too, where there is that.
-each_case = pytest.mark.parametrize("build", list(_cases([*INFOS, ONLINE_TO_NONCONVEX])))
+each_case = pytest.mark.parametrize("build", list(_cases([*INFOS, ONLINE_TO_NONCONVEX, FULL_GRADIENT_ALIAS])))
 
 
 def net(dtype=torch.float32):

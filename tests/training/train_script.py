@@ -34,9 +34,10 @@ class Net(StoSignMixin, LightningModule):
 
     def training_step(self, batch, batch_idx):
         x, y = batch
-        loss = nn.functional.cross_entropy(self.layers(x), y)
-        self.losses.append(loss.item())
-        return loss
+        return nn.functional.cross_entropy(self.layers(x), y)
+
+    def on_train_batch_end(self, outputs, batch, batch_idx):
+        self.losses.append(outputs["loss"].item())
 
 
 class Die(Callback):
