@@ -6,7 +6,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import is_dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
@@ -239,7 +239,7 @@ def _restored_afterwards(trainer: "pl.Trainer", pl_module: "pl.LightningModule")
         "callbacks": trainer.callbacks,  # type: ignore[attr-defined]
         "loggers": trainer.loggers,
         "lr_scheduler_configs": trainer.strategy.lr_scheduler_configs,
-        "limit_val_batches": trainer.limit_val_batches,  # type: ignore[attr-defined]
+        "limit_val_batches": trainer.limit_val_batches,
         "max_epochs": loop.max_epochs,
         "max_steps": loop.max_steps,
         "data": (loop._combined_loader, loop._data_fetcher, loop.epoch_loop.val_loop._combined_loader),
@@ -266,13 +266,13 @@ def _restored_afterwards(trainer: "pl.Trainer", pl_module: "pl.LightningModule")
     logger.setLevel(logging.WARNING)  # Lightning tells of every restored checkpoint and finished run
     trainer.callbacks, trainer.loggers = [], []  # type: ignore[attr-defined]
     trainer.strategy.lr_scheduler_configs = []
-    trainer.limit_val_batches, loop.max_epochs = 0, -1  # type: ignore[attr-defined]
+    trainer.limit_val_batches, loop.max_epochs = 0, -1
     try:
         yield rewind
     finally:
         trainer.callbacks, trainer.loggers = saved["callbacks"], saved["loggers"]  # type: ignore[attr-defined]
         trainer.strategy.lr_scheduler_configs = saved["lr_scheduler_configs"]
-        trainer.limit_val_batches = saved["limit_val_batches"]  # type: ignore[attr-defined]
+        trainer.limit_val_batches = saved["limit_val_batches"]
         loop.max_epochs, loop.epoch_loop.max_steps = saved["max_epochs"], saved["max_steps"]
         rewind()
         trainer.strategy.remove_checkpoint(path)
@@ -309,9 +309,9 @@ def _use_lr(trainer: "pl.Trainer", pl_module: "pl.LightningModule", lr: float) -
     for config in trainer.lr_scheduler_configs:
         if hasattr(config.scheduler, "base_lrs"):
             config.scheduler.base_lrs = [group.get("initial_lr", group["lr"]) for group in optimizer.param_groups]
-    # the config of a StoSignMixin
-    if is_dataclass(config := getattr(pl_module, "stosign", None)):
-        pl_module.stosign = replace(config, lr=lr)
+    stosign: Any = getattr(pl_module, "stosign", None)  # a StoSignMixin's config
+    if hasattr(stosign, "lr"):
+        lightning_setattr(pl_module, "stosign", replace(stosign, lr=lr))
     for name in ("lr", "learning_rate"):
         if lightning_hasattr(pl_module, name):
             lightning_setattr(pl_module, name, lr)
