@@ -68,6 +68,7 @@ def train(optimizer: str, precision: str, lr: float, steps: int, out: Path) -> d
         "zero_fraction": max(e.value for e in zeros),
         "denominator": denominator,
         "collapsed_at": guard.collapsed_at.get(denominator),
+        "report": guard.report,
         "log10_momentum": (list(momentum.bucket_limit), list(momentum.bucket)),
         "seconds": time.perf_counter() - started,
     }
@@ -144,6 +145,9 @@ def demo(steps: int = 150, lr: float = 1e-3, static_scale: float = 1024.0, out: 
     (folder / "results.json").write_text(json.dumps(results, indent=1))
     draw(results, folder / "demo.png")
     print_table(results)
+    for r in results:
+        if r["report"]:
+            print(f"\nWhy, as StateCollapseGuard says: {r['report']}")
     print(f"\nFigure: {folder / 'demo.png'}    Watch it step by step: .venv/bin/tensorboard --logdir {folder}")
 
 

@@ -54,6 +54,8 @@ def test_table_figure_and_tensorboard_command_are_shown(demo):
     ):
         assert word in printed
     assert f"tensorboard --logdir {folder}" in printed
+    assert "The state of AdamW has collapsed" in printed and "| smallest exp_avg_sq |" in printed
+    assert "The state of StoSignSGD has collapsed" not in printed
     assert (folder / "demo.png").read_bytes().startswith(b"\x89PNG")
 
 
