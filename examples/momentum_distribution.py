@@ -21,8 +21,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_stosign import StoSignConfig
-from lightning_stosign.health import log10_histogram, read_moments
-from lightning_stosign.health.statistics import log10_bin_edges
+from lightning_stosign.health import log10_bin_edges, log10_histogram, read_moments
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

@@ -15,6 +15,7 @@ Figure 1) shows trajectories and errors, and the bound.
 """
 
 import math
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -33,7 +34,7 @@ import matplotlib.pyplot as plt
 
 DIAMETER, LIPSCHITZ_1 = 2.0, 6.0
 SHOWN = 150  # steps of a trajectory in the figure
-METHODS = {
+METHODS: dict[str, Callable[..., Optimizer]] = {
     "SignSGD": partial(SignSGD, momentum=0.0),
     "StoSignSGD": partial(StoSignSGD, betas=(0.0, 1.0)),
     "IE-StoSignSGD": partial(StoSignSGD, betas=(0.0, 1.0), stochastic=False),
@@ -124,7 +125,8 @@ def draw(runs: dict[str, dict[str, Tensor]], checkpoints: np.ndarray, path: Path
     axes[0].set(title=f"the first {SHOWN} iterates from one start", xlabel="$x_1$", ylabel="$x_2$", aspect="equal")
     axes[1].loglog(checkpoints, bound(checkpoints), "k--", label="Theorem 4's bound for StoSignSGD")
     axes[1].set(title="error of the averaged iterate, mean over the starts", xlabel="T", ylabel="$f - f^*$")
-    axes[1].legend()
+    axes[1].set_ylim(bottom=1e-6)
+    axes[1].legend(loc="lower left")
     figure.savefig(path, dpi=120)
     plt.close(figure)
 

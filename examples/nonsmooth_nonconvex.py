@@ -18,7 +18,7 @@ import matplotlib
 import numpy as np
 import torch
 from jsonargparse import auto_cli
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_stosign import OnlineToNonconvex
 from lightning_stosign.health import GeneralizedStationarity
@@ -30,12 +30,18 @@ THEORY = -2 / 7
 HIDDEN, INPUTS, EXAMPLES = 8, 4, 64
 
 
-def problem(seed: int) -> tuple[nn.Sequential, Tensor, Tensor]:
-    """Return a network of 49 weights, and inputs and targets (another such network's outputs) to fit."""
-    torch.manual_seed(seed)
-    student, teacher = (nn.Sequential(nn.Linear(INPUTS, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, 1)) for _ in range(2))
-    inputs = torch.randn(EXAMPLES, INPUTS)
-    return student, inputs, 3 * teacher(inputs).detach()
+def network(x: Tensor, inputs: Tensor) -> Tensor:
+    """Return a . relu(W z + b) for each row z of the inputs, with x = (W, b, a) as one vector."""
+    hidden, bias, outer = x.split([HIDDEN * INPUTS, HIDDEN, HIDDEN])
+    return torch.relu(inputs @ hidden.view(INPUTS, HIDDEN) + bias) @ outer
+
+
+def problem(seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return a start of 48 weights, and inputs and targets (the outputs of other weights) to fit."""
+    generator = torch.Generator().manual_seed(seed)
+    start, teacher = torch.randn(2, HIDDEN * (INPUTS + 2), generator=generator) / 2
+    inputs = torch.randn(EXAMPLES, INPUTS, generator=generator)
+    return start, inputs, network(2 * teacher, inputs)
 
 
 def stationarity(budget: int, delta: float, seed: int, scale: float) -> tuple[float, float]:
@@ -50,24 +56,23 @@ def stationarity(budget: int, delta: float, seed: int, scale: float) -> tuple[fl
     Returns:
         The mean generalised stationarity of the windows, and the loss at the last window's mean.
     """
-    net, inputs, targets = problem(seed)
+    start, inputs, targets = problem(seed)
+    x = torch.nn.Parameter(start)
     window, radius = max(1, round(budget ** (4 / 7))), scale * budget ** (-5 / 7)
-    optimizer = OnlineToNonconvex(net.parameters(), lr=radius / window**0.5, radius=radius, window=window, seed=seed)
+    optimizer = OnlineToNonconvex([x], lr=radius / window**0.5, radius=radius, window=window, seed=seed)
     metric, windows = GeneralizedStationarity(delta), []
-    params = list(net.parameters())
     for step in range(1, budget + 1):
-        loss = (net(inputs) - targets).abs().mean()
+        loss = (network(x, inputs) - targets).abs().mean()
         optimizer.zero_grad()
         loss.backward()
-        metric.update(params, [param.grad for param in params if param.grad is not None])
+        assert x.grad is not None
+        metric.update(x, x.grad)
+        optimizer.step()
         if step % window == 0:
             windows.append(float(metric.compute()))
             metric.reset()
-            if step + window > budget:
-                break
-        optimizer.step()
-    with optimizer.averaged(), torch.no_grad():
-        return float(np.mean(windows)), float((net(inputs) - targets).abs().mean())
+            mean = optimizer.state[x]["window_mean"].clone()
+    return float(np.mean(windows)), float((network(mean, inputs) - targets).abs().mean())
 
 
 def main(
