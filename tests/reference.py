@@ -12,14 +12,6 @@ def splitmix64(x):
     return x ^ (x >> 31)
 
 
-def lowbias32(x):
-    x ^= x >> 16
-    x = (x * 0x7FEB352D) & MASK32
-    x ^= x >> 15
-    x = (x * 0x846CA68B) & MASK32
-    return x ^ (x >> 16)
-
-
 def key(seed, step, index, stream=0):
     k = 0
     for word in (seed, step, index, stream):
@@ -32,7 +24,10 @@ def noise(k, numel, start=0):
     values = []
     for i in range(start, start + numel):
         segment = splitmix64(k ^ (i >> 32))
-        h = lowbias32(lowbias32((i & MASK32) ^ (segment & MASK32)) ^ (segment >> 32))
+        h = (((i & MASK32) + segment) * 0x9E3779B1) & MASK32
+        h = ((h ^ (h >> 16)) * 0x7FEB352D) & MASK32
+        h ^= segment >> 32
+        h = ((h ^ (h >> 15)) * 0x846CA68B) & MASK32
         upper = h >> 8 if h < 1 << 31 else (h >> 8) - (1 << 24)  # the upper 24 bits as a signed number
         values.append((2 * upper + 1) / 2**24)
     return np.array(values)

@@ -12,19 +12,16 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import Optimizer, ParamsT, StateDict
 
-from lightning_stosign.optim.noise import Stream, noise_key
-from lightning_stosign.optim.state_precision import FLOAT32, FP8_DTYPES, StatePrecision, precision_of
-from lightning_stosign.optim.storage import init_state, read_state, round_stochastically, write_state
+from lightning_stosign.optim.state_precision import FP8_DTYPES
+from lightning_stosign.optim.storage import round_by_noise
 
 
 class StrictOptimizer(Optimizer, ABC):
     """Base of the package's optimizers: refuses bad options and gradients, and loads a state as it was saved.
 
-    A subclass implements :meth:`_check_group` and :meth:`_step_param`. All options live in the param groups, as plain
+    A subclass implements :meth:`_check_group` and :meth:`step`. All options live in the param groups, as plain
     values, so that pickling, deepcopy and ``torch.load(weights_only=True)`` keep them.
     """
-
-    _numel: int  # values that this step updates
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
         self._check_group(defaults)
@@ -48,20 +45,6 @@ class StrictOptimizer(Optimizer, ABC):
         check_lr(group["lr"])
         check_choice("on_nonfinite", group["on_nonfinite"], ("raise", "skip"))
 
-    @abstractmethod
-    def _step_param(
-        self, index: int, param: Tensor, grad: Tensor, state: dict[str, Any], group: dict[str, Any]
-    ) -> None:
-        """Update one parameter and its state in place.
-
-        Args:
-            index: the parameter's position among all parameters of the optimizer.
-            param: the parameter.
-            grad: the gradient in at least float32; may be ``param.grad`` itself, so not to be changed.
-            state: the parameter's state.
-            group: its param group.
-        """
-
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Perform one optimization step.
 
@@ -77,22 +60,13 @@ class StrictOptimizer(Optimizer, ABC):
         """
         return self._step(closure)
 
-    # A torch.compile around a step leaves this as it is: the step brings its own kernels, and its noise keys change
-    # each time, so that a trace would hold once. Apart from step(), which torch wraps: it would lose the mark.
-    @torch.compiler.disable
-    @torch.no_grad()
+    @abstractmethod
     def _step(self, closure: Callable[[], Any] | None) -> Any:
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        updates = list(self._params_with_grad())
-        self._numel = sum(param.numel() for _, param, _ in updates)
-        if self._gradients_are_finite(updates):
-            for index, param, group in updates:
-                grad = param.grad.to(torch.promote_types(param.dtype, torch.float32))  # type: ignore[union-attr]
-                self._step_param(index, param, grad, self.state[param], group)
-        return loss
+        """Perform a step: an implementation is under ``torch.no_grad()`` and ``torch.compiler.disable``.
+
+        A torch.compile around a step leaves it as it is: the step brings its own kernels, and its noise keys change
+        each time, so that a trace would hold once. Apart from step(), which torch wraps: it would lose the mark.
+        """
 
     def _params_with_grad(self) -> Iterator[tuple[int, Tensor, dict[str, Any]]]:
         """Yield (index in the optimizer, parameter, group) of the parameters to update."""
@@ -125,13 +99,15 @@ class StrictOptimizer(Optimizer, ABC):
         offending = [(param, group) for _, param, group in updates if not param.grad.isfinite().all()]  # type: ignore[union-attr]
         if not offending:
             return True  # a sum of finite values can overflow
-        message = (
-            f"{type(self).__name__}: the gradient of {', '.join(self._name(p) for p, _ in offending)} is not finite"
-        )
-        if any(group["on_nonfinite"] == "raise" for _, group in offending):
-            raise RuntimeError(f"{message}; nothing was updated. To skip such steps, pass on_nonfinite='skip'.")
-        warnings.warn(f"{message}; this step was skipped (on_nonfinite='skip').", RuntimeWarning, stacklevel=3)
+        self._report_nonfinite([self._name(param) for param, _ in offending], [group for _, group in offending])
         return False
+
+    def _report_nonfinite(self, names: list[str], groups: list[dict[str, Any]]) -> None:
+        """Raise or warn about a step that was not taken, as the groups of the parameters named ask for."""
+        message = f"{type(self).__name__}: the gradient of {', '.join(names)} is not finite"
+        if any(group["on_nonfinite"] == "raise" for group in groups):
+            raise RuntimeError(f"{message}; nothing was updated. To skip such steps, pass on_nonfinite='skip'.")
+        warnings.warn(f"{message}; this step was skipped (on_nonfinite='skip').", RuntimeWarning, stacklevel=4)
 
     def _name(self, wanted: Tensor) -> str:
         """Name a parameter in an error message."""
@@ -193,84 +169,6 @@ class StrictOptimizer(Optimizer, ABC):
                     group.setdefault(option, value)
 
 
-class LowPrecisionOptimizer(StrictOptimizer):
-    """Base of the optimizers that store their states by a :class:`StatePrecision`."""
-
-    _fused_choices: tuple[bool | None, ...] = (None, False)
-
-    def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
-        if defaults["state_precision"] is not None:
-            defaults["state_precision"] = str(StatePrecision.parse(defaults["state_precision"]))
-        super().__init__(params, defaults)
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a param group, as in torch.optim; its options and parameters are checked."""
-        if param_group.get("state_precision") is not None:
-            param_group["state_precision"] = str(StatePrecision.parse(param_group["state_precision"]))
-        super().add_param_group(param_group)
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        for values in self.state.values():  # a count that was saved as a plain number
-            values["step"] = torch.as_tensor(values["step"], dtype=torch.int64)
-
-    def _check_group(self, group: dict[str, Any]) -> None:
-        super()._check_group(group)
-        check_choice("maximize", group["maximize"], (True, False))
-        check_choice("fused", group["fused"], self._fused_choices)
-
-
-class StoredState:
-    """One parameter's state during a step: counts the step, reads and writes states in its precision.
-
-    Args:
-        state: the parameter's entry in ``optimizer.state``; filled with zeros when it is empty.
-        names: its states.
-        param: the parameter.
-        index: the parameter's position in the optimizer, for the noise.
-        group: its param group.
-    """
-
-    def __init__(
-        self, state: dict[str, Any], names: tuple[str, ...], param: Tensor, index: int, group: dict[str, Any]
-    ) -> None:
-        precision = precision_of(state, group)
-        if precision is not None and not precision.applies_to(param):
-            precision = None
-        if "step" not in state:
-            # int64: exact beyond float32's 2**24 steps. On the CPU, where reading it costs no synchronisation.
-            state["step"] = torch.zeros((), dtype=torch.int64)
-        for name in names:  # one by one: a momentum can be switched on in the middle of a run
-            if name not in state:
-                init_state(state, name, param, precision)
-        state["step"] += 1
-        self._state = state
-        self.precision = precision or FLOAT32
-        self._compute_dtype = torch.promote_types(param.dtype, torch.float32)
-        self._seed, self._step, self._index = group.get("seed", 0), int(state["step"]), index
-
-    def key(self, stream: Stream) -> int:
-        """Return this parameter's noise key at this step."""
-        return noise_key(self._seed, self._step, self._index, stream)
-
-    def read(self, name: str) -> Tensor:
-        """Return the values of a state, to be changed in place at will and then written."""
-        return read_state(self._state, name, self.precision).to(self._compute_dtype)
-
-    def write(self, name: str, value: Tensor) -> Tensor:
-        """Store the values, stochastically if the precision says so, and return them as stored."""
-        written = write_state(self._state, name, value, self.precision, key=self.key(Stream.ROUND_STATE))
-        return written.to(self._compute_dtype)
-
-    def write_up(self, name: str, value: Tensor) -> Tensor:
-        """Store values >= 0 rounded up and return them as stored."""
-        return write_state(self._state, name, value, self.precision, rounding="up").to(self._compute_dtype)
-
-    def update_param(self, param: Tensor, direction: Tensor, lr: float | Tensor, weight_decay: float) -> None:
-        """As :func:`update_param`, rounding by this parameter's noise."""
-        update_param(param, direction, lr, weight_decay, self.key(Stream.ROUND_PARAM))
-
-
 def update_param(param: Tensor, direction: Tensor, lr: float | Tensor, weight_decay: float, key: int) -> None:
     """``param = param - lr * weight_decay * param - lr * direction``, in place; ``direction`` is used up.
 
@@ -284,7 +182,7 @@ def update_param(param: Tensor, direction: Tensor, lr: float | Tensor, weight_de
         value.mul_(1 - lr * weight_decay)
     value.sub_(direction.mul_(lr))
     if value is not param:
-        param.copy_(round_stochastically(value, param.dtype, key))
+        param.copy_(round_by_noise(value, param.dtype, key))
 
 
 class _Bytes(NamedTuple):

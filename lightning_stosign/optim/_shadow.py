@@ -50,6 +50,12 @@ class ShadowOptimizer(StrictOptimizer):
     def _set_base_options(self, group: dict[str, Any], base_group: dict[str, Any]) -> None:
         """Set the base's learning rate and weight decay; its other options are already the group's."""
 
+    @abstractmethod
+    def _step_param(
+        self, index: int, param: Tensor, grad: Tensor, state: dict[str, Any], group: dict[str, Any]
+    ) -> None:
+        """Update a parameter and this optimizer's own states of it; ``grad`` is the base's shadow after its step."""
+
     @torch.compiler.disable
     @torch.no_grad()
     def _step(self, closure: Callable[[], Any] | None) -> Any:

@@ -12,7 +12,7 @@ from lightning_stosign.optim.alias_estimates import CHECK_BOUND_EVERY, check_bou
 from lightning_stosign.optim.noise import Stream, noise_key
 from lightning_stosign.optim.same_batch import gradients_at
 from lightning_stosign.optim.sharding import local, local_grad
-from lightning_stosign.optim.storage import round_stochastically
+from lightning_stosign.optim.storage import round_by_noise
 from lightning_stosign.optim.totals import Part, totals
 
 # Options of the whole optimizer. They live in the param groups, as all options do, but cannot differ between them.
@@ -142,7 +142,6 @@ class ALIAS(StrictOptimizer):
                 if group[name] != first[name]:
                     raise ValueError(f"{name}={group[name]!r} must be {first[name]!r} as in the first param group")
 
-    @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Perform one optimization step.
 
@@ -157,6 +156,11 @@ class ALIAS(StrictOptimizer):
             RuntimeError: there is no closure, or it returns no loss where one is needed; a gradient is sparse, or is
                 not finite under ``on_nonfinite="raise"``. No parameter and no state has been touched then.
         """
+        return self._step(closure)
+
+    @torch.compiler.disable
+    @torch.no_grad()
+    def _step(self, closure: Callable[[], Any] | None) -> Any:
         options = self.param_groups[0]
         if closure is None and options["same_batch"] and any(float(group["lr"]) != 0 for group in self.param_groups):
             raise RuntimeError(
@@ -310,4 +314,4 @@ def _rounded(value: Tensor, param: Tensor, index: int, step: int) -> Tensor:
     """Return values in the parameter's dtype; in 16 bits rounded stochastically, or small steps would be lost."""
     if param.dtype == value.dtype:
         return value
-    return round_stochastically(value, param.dtype, noise_key(0, step, index, Stream.ROUND_PARAM))
+    return round_by_noise(value, param.dtype, noise_key(0, step, index, Stream.ROUND_PARAM))

@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from lightning_stosign.optim._base import LowPrecisionOptimizer
+from lightning_stosign.optim._low_precision import LowPrecisionOptimizer
 from lightning_stosign.optim.state_precision import StatePrecision, precision_of
 from lightning_stosign.optim.storage import dequantize, quantize
 

@@ -2,9 +2,10 @@
 
 Nothing here reads or writes a generator's state. Two replicas that count the same steps draw the same noise, a resumed
 run draws what the uninterrupted one would have drawn, and a shard draws the part of its parameter's noise that is its
-own. The function is a counter hash: two rounds of the 32-bit mixer *lowbias32* (C. Wellons, "Prospecting for Hash
-Functions", 2018) over the element index, each round keyed with half of a 64-bit key that *splitmix64* (Steele et al.,
-"Fast Splittable Pseudorandom Number Generators", 2014) makes of (seed, step, parameter index, stream).
+own. The function is a counter hash: a Weyl sequence of the element index through the 32-bit mixer *lowbias32* (C.
+Wellons, "Prospecting for Hash Functions", 2018), without its last shift, which only mends bits that are not used. Half
+of a 64-bit key is where the sequence starts, the other half goes in between the multiplications; *splitmix64* (Steele
+et al., "Fast Splittable Pseudorandom Number Generators", 2014) makes it of (seed, step, parameter index, stream).
 """
 
 from collections.abc import Iterator
@@ -14,10 +15,13 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-# Elements hashed at a time: 1 MiB of int32, so that the two dozen passes of the mixer stay in the cache.
+# Elements hashed at a time. On the CPU 1 MiB of int32, so that the dozen passes of the mixer stay in the cache.
 CHUNK = 1 << 18
+_ACCELERATOR_CHUNK = 1 << 22
 
-_LOWBIAS32 = ((16, 0x7FEB352D), (15, 0x846CA68B), (16, None))  # shift, multiplier of each round
+_WEYL = 0x9E3779B1  # odd, close to 2**32 divided by the golden ratio
+_SHIFT_1, _MULTIPLIER_1 = 16, 0x7FEB352D  # lowbias32
+_SHIFT_2, _MULTIPLIER_2 = 15, 0x846CA68B
 
 _MASK32 = (1 << 32) - 1
 _MASK64 = (1 << 64) - 1
@@ -74,9 +78,9 @@ def uniform_noise(key: int, numel: int, *, start: int = 0, device: torch.device 
     """
     noise = torch.empty(numel, dtype=torch.float32, device=device)
     for at, bits in _hashed_chunks(key, numel, start, noise.device):
-        # As noise_from_bits, in place.
-        bits.bitwise_and_(-256).bitwise_or_(128)
-        torch.mul(bits, 2.0**-31, out=noise[at : at + bits.numel()])
+        # As noise_from_bits, in place; two passes are faster than one multiplication of mixed types.
+        part = noise[at : at + bits.numel()]
+        part.copy_(bits.bitwise_and_(-256).bitwise_or_(128)).mul_(2.0**-31)
     return noise
 
 
@@ -90,20 +94,39 @@ def uniform_fraction(key: int, numel: int, *, start: int = 0, device: torch.devi
     """
     fraction = torch.empty(numel, dtype=torch.float32, device=device)
     for at, bits in _hashed_chunks(key, numel, start, fraction.device):
-        bits.bitwise_and_((1 << 24) - 1)
-        torch.mul(bits, 2.0**-24, out=fraction[at : at + bits.numel()])
+        part = fraction[at : at + bits.numel()]
+        part.copy_(bits.bitwise_right_shift_(8).bitwise_and_((1 << 24) - 1)).mul_(2.0**-24)
     return fraction
 
 
-def hash_bits(index: Tensor, key_low: Tensor, key_high: Tensor) -> Tensor:
-    """Return the int32 hashes of element indices: the same function out of place, for a compiler to fuse.
+def hash_words(key: int, start: int = 0) -> tuple[int, int]:
+    """Return what :func:`hash_bits` needs of a key to hash elements ``start`` and on, as two signed 32-bit numbers.
+
+    The elements must not go beyond the next multiple of 2**32: the key changes there.
+    """
+    high, low = divmod(start, 1 << 32)
+    key = _splitmix64(key ^ high)
+    return signed32((low + key) * _WEYL), signed32(key >> 32)
+
+
+def weyl_sequence(numel: int, *, step: int = 1, device: torch.device | None = None) -> Tensor:
+    """Return the Weyl sequence of elements 0, ``step``, 2 * ``step``, ...: an int32 tensor of shape ``[numel]``."""
+    return (torch.arange(0, step * numel, step, dtype=torch.int64, device=device) * signed32(_WEYL)).to(torch.int32)
+
+
+def hash_bits(sequence: Tensor, origin: Tensor, key_high: Tensor) -> Tensor:
+    """Return the int32 hashes of elements: the same function out of place, for a compiler to fuse, and for many keys.
 
     Args:
-        index: int32, the element index modulo 2**32.
-        key_low: int32, broadcast against it: the lower half of the :func:`segment_key`.
-        key_high: int32: the upper half.
+        sequence: int32, :func:`weyl_sequence` of the elements counted from the origin.
+        origin: int32, broadcast against it: the first of the :func:`hash_words`.
+        key_high: int32, the second.
     """
-    return _lowbias32(_lowbias32(index ^ key_low) ^ key_high)
+    x = sequence + origin
+    x = x ^ ((x >> _SHIFT_1) & (_MASK32 >> _SHIFT_1))
+    x = (x * signed32(_MULTIPLIER_1)) ^ key_high
+    x = x ^ ((x >> _SHIFT_2) & (_MASK32 >> _SHIFT_2))
+    return x * signed32(_MULTIPLIER_2)
 
 
 def noise_from_bits(bits: Tensor) -> Tensor:
@@ -111,9 +134,9 @@ def noise_from_bits(bits: Tensor) -> Tensor:
     return ((bits & -256) | 128).to(torch.float32) * 2.0**-31
 
 
-def segment_key(key: int, segment: int) -> int:
-    """Return the key of elements ``segment * 2**32`` and up, so that an element index may exceed 32 bits."""
-    return _splitmix64(key ^ segment)
+def fraction_from_bits(bits: Tensor) -> Tensor:
+    """Turn int32 hashes into fractions: the upper 24 bits, as k / 2**24 for k in [0, 2**24)."""
+    return ((bits >> 8) & ((1 << 24) - 1)).to(torch.float32) * 2.0**-24
 
 
 def signed32(word: int) -> int:
@@ -126,39 +149,24 @@ def _hashed_chunks(key: int, numel: int, start: int, device: torch.device) -> It
     """Yield (position, int32 hashes) in chunks; the tensor is reused, so the caller must be done with it in between."""
     if numel == 0:
         return
-    counter = _counter(device)
-    size = min(numel, CHUNK)
-    buffers = torch.empty((2, size), dtype=torch.int32, device=device)
+    sequence = _sequence(device)
+    chunk = sequence.numel()
+    buffers = torch.empty((2, min(numel, chunk)), dtype=torch.int32, device=device)
     done = 0
     while done < numel:
-        high, low = divmod(start + done, 1 << 32)
-        count = min(CHUNK, numel - done, (1 << 32) - low)
-        segment = segment_key(key, high)
+        count = min(chunk, numel - done, (1 << 32) - (start + done) % (1 << 32))
         bits, scratch = buffers[0, :count], buffers[1, :count]
-        torch.add(counter[:count], signed32(low), out=bits)
-        _lowbias32_(bits.bitwise_xor_(signed32(segment)), scratch)
-        _lowbias32_(bits.bitwise_xor_(signed32(segment >> 32)), scratch)
+        origin, high = hash_words(key, start + done)
+        torch.add(sequence[:count], origin, out=bits)
+        # torch's >> is arithmetic: the mask makes it logical.
+        torch.bitwise_right_shift(bits, _SHIFT_1, out=scratch)
+        bits.bitwise_xor_(scratch.bitwise_and_(_MASK32 >> _SHIFT_1))
+        bits.mul_(signed32(_MULTIPLIER_1)).bitwise_xor_(high)
+        torch.bitwise_right_shift(bits, _SHIFT_2, out=scratch)
+        bits.bitwise_xor_(scratch.bitwise_and_(_MASK32 >> _SHIFT_2))
+        bits.mul_(signed32(_MULTIPLIER_2))
         yield done, bits
         done += count
-
-
-def _lowbias32_(x: Tensor, scratch: Tensor) -> Tensor:
-    """Mix int32 ``x`` in place; torch's ``>>`` is arithmetic, so each shift is masked to make it logical."""
-    for shift, multiplier in _LOWBIAS32:
-        torch.bitwise_right_shift(x, shift, out=scratch)
-        x.bitwise_xor_(scratch.bitwise_and_(_MASK32 >> shift))
-        if multiplier is not None:
-            x.mul_(signed32(multiplier))
-    return x
-
-
-def _lowbias32(x: Tensor) -> Tensor:
-    """Mix int32 ``x`` out of place."""
-    for shift, multiplier in _LOWBIAS32:
-        x = x ^ ((x >> shift) & (_MASK32 >> shift))
-        if multiplier is not None:
-            x = x * signed32(multiplier)
-    return x
 
 
 def _splitmix64(x: int) -> int:
@@ -169,5 +177,5 @@ def _splitmix64(x: int) -> int:
 
 
 @lru_cache(maxsize=32)
-def _counter(device: torch.device) -> Tensor:
-    return torch.arange(CHUNK, dtype=torch.int32, device=device)
+def _sequence(device: torch.device) -> Tensor:
+    return weyl_sequence(CHUNK if device.type == "cpu" else _ACCELERATOR_CHUNK, device=device)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_stosign.optim._base import LowPrecisionOptimizer
+from lightning_stosign.optim._low_precision import LowPrecisionOptimizer
 from lightning_stosign.optim.emulation import emulated_precision, is_moment
 from lightning_stosign.optim.state_precision import FLOAT32, OVERRIDE, StatePrecision, precision_of
 from lightning_stosign.optim.storage import SCALE_SUFFIX, init_state, read_state, write_state

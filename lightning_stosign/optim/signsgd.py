@@ -1,12 +1,58 @@
 """SignSGD with momentum, also known as Signum: the biased baseline."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from lightning_stosign.optim._base import LowPrecisionOptimizer, StoredState, check_beta
+from lightning_stosign.optim._base import check_beta
+from lightning_stosign.optim._low_precision import LowPrecisionOptimizer
+from lightning_stosign.optim.noise import Stream
+from lightning_stosign.optim.rounding import power_of_two_scale
 from lightning_stosign.optim.state_precision import StatePrecision
+from lightning_stosign.optim.update import Constants, Noise, Rule, StoredRows
+
+
+@dataclass(frozen=True)
+class SignRule(Rule):
+    """Algorithm 5, with or without momentum."""
+
+    momentum: bool
+    maximize: bool
+
+    @property
+    def states(self) -> tuple[str, ...]:
+        """The momentum, if there is one."""
+        return ("exp_avg",) if self.momentum else ()
+
+    def streams(self) -> tuple[Stream, ...]:
+        """Return no stream: nothing is drawn."""
+        return ()
+
+    def direction(self, grad: Tensor, states: Sequence[StoredRows], noise: Noise, constants: Constants) -> Tensor:
+        """Return sign(m_t)."""
+        if self.momentum:
+            return states[0].write(self._momentum(grad, states[0], constants), noise).sign()
+        return self._ascent(grad).sign()
+
+    def largest(self, grad: Tensor, states: Sequence[StoredRows], constants: Constants) -> Tensor:
+        """Return the largest |m_t| before it is stored."""
+        return self._momentum(grad, states[0], constants).abs().amax().to(torch.float32).unsqueeze(0)
+
+    def cover(self, largest: Tensor, precision: StatePrecision) -> Tensor:
+        """Return the scale of m."""
+        return power_of_two_scale(largest, torch.finfo(precision.dtype).max)
+
+    def _momentum(self, grad: Tensor, exp_avg: StoredRows, constants: Constants) -> Tensor:
+        # m_t = beta m_{t-1} + (1 - beta) g_t
+        m = exp_avg.read()
+        return m.add_(self._ascent(grad).sub(m).mul_(constants.weight))
+
+    def _ascent(self, grad: Tensor) -> Tensor:
+        return -grad if self.maximize else grad
 
 
 class SignSGD(LowPrecisionOptimizer):
@@ -26,9 +72,13 @@ class SignSGD(LowPrecisionOptimizer):
         state_precision: a :class:`StatePrecision` or its name: how ``exp_avg`` (m) is stored. None: in float32, or
             float64 for a float64 parameter. The step uses the values as stored.
         maximize: ascend instead of descend.
-        fused: None or False: the eager implementation.
+        param_rounding: how a bfloat16 or float16 parameter is rounded after its update in float32: ``"stochastic"``,
+            or ``"nearest"``, which loses steps that are below half the spacing of the parameter's numbers.
+        fused: True compiles the update into one kernel, None does so on the CPU from 10 M values on, False never; as in
+            :class:`StoSignSGD`.
         on_nonfinite: what to do about a gradient with inf or NaN: ``"raise"`` a RuntimeError or ``"skip"`` the step
-            with a warning. Parameters and states stay untouched either way.
+            with a warning. Parameters and states stay untouched either way. On an accelerator, where the host does not
+            wait for the answer, the error or warning comes with the next step.
 
     Raises:
         ValueError: an option is out of range; a parameter is sparse, complex or not floating point.
@@ -56,6 +106,7 @@ class SignSGD(LowPrecisionOptimizer):
         *,
         state_precision: StatePrecision | str | None = None,
         maximize: bool = False,
+        param_rounding: Literal["stochastic", "nearest"] = "stochastic",
         fused: bool | None = None,
         on_nonfinite: Literal["raise", "skip"] = "raise",
     ) -> None:
@@ -65,6 +116,7 @@ class SignSGD(LowPrecisionOptimizer):
             "weight_decay": weight_decay,
             "state_precision": state_precision,
             "maximize": maximize,
+            "param_rounding": param_rounding,
             "fused": fused,
             "on_nonfinite": on_nonfinite,
         }
@@ -74,18 +126,8 @@ class SignSGD(LowPrecisionOptimizer):
         super()._check_group(group)
         check_beta("momentum", group["momentum"])
 
-    def _step_param(
-        self, index: int, param: Tensor, grad: Tensor, state: dict[str, Any], group: dict[str, Any]
-    ) -> None:
-        momentum = group["momentum"]
-        stored = StoredState(state, ("exp_avg",) if momentum else (), param, index, group)
+    def _rule(self, group: dict[str, Any]) -> Rule:
+        return SignRule(group["momentum"] != 0, group["maximize"])
 
-        if group["maximize"]:
-            grad = -grad
-        # m_t = beta m_{t-1} + (1 - beta) g_t
-        m = grad
-        if momentum:
-            m = stored.read("exp_avg")
-            m = stored.write("exp_avg", m.add_(grad.sub(m).mul_(1 - momentum)))
-        # x_{t+1} = x_t - eta sign(m_t) - eta lambda x_t
-        stored.update_param(param, m.sign(), group["lr"], group["weight_decay"])
+    def _rates(self, group: dict[str, Any]) -> tuple[float, float]:
+        return 1 - group["momentum"], 1.0

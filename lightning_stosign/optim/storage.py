@@ -7,11 +7,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_stosign.optim.noise import uniform_fraction
+from lightning_stosign.optim.rounding import power_of_two_scale, round_stochastically, round_to_nearest, round_up
 from lightning_stosign.optim.state_precision import StatePrecision
 
 SCALE_SUFFIX = "_scale"
-
-_INTEGER_VIEW = {1: torch.uint8, 2: torch.int16}
 
 
 def quantize(
@@ -43,10 +42,16 @@ def quantize(
         scale = power_of_two_scale(_block_amax(scaled, precision), torch.finfo(precision.dtype).max)
         scaled = _by_block(torch.div, scaled, scale, precision)
     if rounding == "up":
-        return _round_up(scaled, precision.dtype), scale
+        return round_up(scaled, precision.dtype).to(precision.dtype), scale
     if key is not None and precision.stochastic_rounding:
-        return round_stochastically(scaled, precision.dtype, key), scale
+        return round_by_noise(scaled, precision.dtype, key), scale
     return round_to_nearest(scaled, precision.dtype), scale
+
+
+def round_by_noise(value: Tensor, dtype: torch.dtype, key: int) -> Tensor:
+    """Round float32 values stochastically to ``dtype``, by the noise of ``key`` at each element's row-major index."""
+    fraction = uniform_fraction(key, value.numel(), device=value.device).view(value.shape)
+    return round_stochastically(value, dtype, fraction)
 
 
 def dequantize(stored: Tensor, scale: Tensor | None, precision: StatePrecision, *, static_scale: float = 1.0) -> Tensor:
@@ -117,53 +122,6 @@ def state_bytes(optimizer: Optimizer) -> int:
         for name, value in state.items()
         if isinstance(value, Tensor) and name != "step"
     )
-
-
-def power_of_two_scale(amax: Tensor, largest: float) -> Tensor:
-    """Return the smallest power of two ``s`` with ``amax / s <= largest``, at least 2**-126; 1 where ``amax`` is 0."""
-    mantissa, exponent = torch.frexp(amax / largest)
-    # frexp's mantissa lies in [0.5, 1): amax / largest = 2**(exponent - 1) exactly where it is 0.5.
-    return _power_of_two(exponent - (mantissa == 0.5).to(exponent.dtype))
-
-
-def round_to_nearest(value: Tensor, dtype: torch.dtype) -> Tensor:
-    """Round to ``dtype``, ties to even, saturating: what lies beyond the range becomes the largest value."""
-    # The clamp is for CUDA, where an FP8 cast beyond the range gives NaN or inf, and for float16.
-    largest = torch.finfo(dtype).max
-    return value.clamp(-largest, largest).to(dtype)
-
-
-def round_stochastically(value: Tensor, dtype: torch.dtype, key: int) -> Tensor:
-    """Round float32 values to one of the two neighbours in ``dtype``, without bias; saturating as above.
-
-    The neighbour is chosen by the noise of ``key``, by each element's row-major index. Values below the smallest
-    subnormal number are rounded to 0 or to it, so a small update is kept on average.
-    """
-    info = torch.finfo(dtype)
-    magnitude = value.abs().clamp_(max=info.max)
-    # The spacing of dtype's numbers at this magnitude, constant below the smallest normal number.
-    exponent = torch.frexp(magnitude.clamp(min=info.smallest_normal)).exponent - 1
-    spacing = _power_of_two(exponent).mul_(info.eps)
-    units = magnitude.div_(spacing)
-    lower = units.floor()
-    fraction = uniform_fraction(key, value.numel(), device=value.device).view(value.shape)
-    rounded = lower.add_(fraction < units.sub_(lower)).mul_(spacing).clamp_(max=info.max)
-    return rounded.copysign_(value).to(dtype)
-
-
-def _round_up(value: Tensor, dtype: torch.dtype) -> Tensor:
-    """Round values >= 0 to the smallest number of ``dtype`` that is not below them, or to the largest of all."""
-    value = value.clamp(max=torch.finfo(dtype).max)
-    nearest = value.to(dtype)
-    below = nearest.to(value.dtype) < value
-    # The bit patterns of non-negative floating-point numbers are ordered as the numbers are.
-    bits = nearest.view(_INTEGER_VIEW[nearest.element_size()])
-    return bits.add_(below).view(dtype)
-
-
-def _power_of_two(exponent: Tensor) -> Tensor:
-    """Return 2**exponent in float32, exactly (torch.ldexp goes through pow), for exponents clamped to [-126, 127]."""
-    return exponent.to(torch.int32).clamp(-126, 127).add_(127).bitwise_left_shift_(23).view(torch.float32)
 
 
 def _block_amax(value: Tensor, precision: StatePrecision) -> Tensor:

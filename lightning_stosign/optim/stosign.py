@@ -1,16 +1,71 @@
 """StoSignSGD: steps by the sign of a randomly perturbed momentum, unbiased in expectation."""
 
 import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from lightning_stosign.optim._base import LowPrecisionOptimizer, StoredState, check_beta, check_choice, check_pair
-from lightning_stosign.optim.fused import WORTH_COMPILING, can_fuse, has_compiler, stosign_step
-from lightning_stosign.optim.noise import Stream, uniform_noise
+from lightning_stosign.optim._base import check_beta, check_choice, check_pair
+from lightning_stosign.optim._low_precision import LowPrecisionOptimizer
+from lightning_stosign.optim.noise import Stream
+from lightning_stosign.optim.rounding import power_of_two_scale, round_to_nearest, round_up
 from lightning_stosign.optim.state_precision import StatePrecision
+from lightning_stosign.optim.update import Constants, Noise, Rule, StoredRows, is_one
+
+
+@dataclass(frozen=True)
+class StoSignRule(Rule):
+    """Algorithm 3, 11 with ``beta2 < 1``; Algorithm 10 if not ``stochastic``."""
+
+    stochastic: bool
+    maximize: bool
+
+    @property
+    def states(self) -> tuple[str, ...]:
+        """The momentum and its envelope."""
+        return "exp_avg", "exp_inf"
+
+    def streams(self) -> tuple[Stream, ...]:
+        """Return the stream of n_t."""
+        return (Stream.UPDATE,) if self.stochastic else ()
+
+    def direction(self, grad: Tensor, states: Sequence[StoredRows], noise: Noise, constants: Constants) -> Tensor:
+        """Return sign(m_t + G_t n_t), or m_t / G_t."""
+        exp_avg, exp_inf = states
+        m = exp_avg.write(self._momentum(grad, exp_avg, constants), noise)
+        # G_t = max(beta2 G_{t-1}, |m_t|), of the m_t that was stored
+        G = self._decayed(exp_inf, constants)
+        G = exp_inf.write_up(torch.maximum(G, m.abs(), out=G))
+        if self.stochastic:
+            return noise.uniform(Stream.UPDATE).to(m.dtype).mul_(G).add_(m).sign_()
+        return torch.where(G == 0, 0.0, m / G)
+
+    def largest(self, grad: Tensor, states: Sequence[StoredRows], constants: Constants) -> Tensor:
+        """Return the largest |m_t| before it is stored, and the largest beta2 G_{t-1}."""
+        exp_avg, exp_inf = states
+        m, G = self._momentum(grad, exp_avg, constants), self._decayed(exp_inf, constants)
+        return torch.stack([m.abs().amax(), G.amax()]).to(torch.float32)
+
+    def cover(self, largest: Tensor, precision: StatePrecision) -> Tensor:
+        """Return the scales of m and G: G covers the momentum as stored, whose largest is the largest rounded."""
+        limit = torch.finfo(precision.dtype).max
+        m_scale = power_of_two_scale(largest[0], limit)
+        rounded = round_up if precision.stochastic_rounding else round_to_nearest
+        covered = rounded(largest[0] / m_scale, precision.dtype).to(torch.float32) * m_scale
+        return torch.stack([m_scale, power_of_two_scale(torch.maximum(largest[1], covered), limit)])
+
+    def _momentum(self, grad: Tensor, exp_avg: StoredRows, constants: Constants) -> Tensor:
+        # m_t = beta1 m_{t-1} + (1 - beta1) g_t
+        m = exp_avg.read()
+        return m.add_((-grad if self.maximize else grad).sub(m).mul_(constants.weight))
+
+    def _decayed(self, exp_inf: StoredRows, constants: Constants) -> Tensor:
+        G = exp_inf.read()
+        return G if is_one(constants.beta2) else G.mul_(constants.beta2)
 
 
 class StoSignSGD(LowPrecisionOptimizer):
@@ -45,12 +100,15 @@ class StoSignSGD(LowPrecisionOptimizer):
             None: in float32, or float64 for a float64 parameter. The step uses the values as stored, and G is rounded
             up, so that :math:`|m_t| \le G_t` holds for them.
         maximize: ascend instead of descend.
-        fused: True compiles the update into one kernel (torch.compile; the first step takes seconds longer), where it
-            can: for float32 parameters of a multiple of 256 values and at least 512, with states in one scale or none.
-            Other parameters, and all where there is no compiler, take the eager path, which gives the same bits on the
-            CPU. None: compile on the CPU if the parameters have 10 M values or more. False: never.
+        param_rounding: how a bfloat16 or float16 parameter is rounded after its update in float32: ``"stochastic"``,
+            or ``"nearest"``, which loses steps that are below half the spacing of the parameter's numbers.
+        fused: True compiles the update into one kernel (torch.compile; the first step takes seconds longer). What has
+            less than 512 values and cannot be gathered with others, float64 parameters, and all where there is no
+            compiler take the eager path, which gives the same bits on the CPU. None: compile on the CPU if the
+            parameters have 10 M values or more. False: never.
         on_nonfinite: what to do about a gradient with inf or NaN: ``"raise"`` a RuntimeError or ``"skip"`` the step
-            with a warning. Parameters and states stay untouched either way.
+            with a warning. Parameters and states stay untouched either way. On an accelerator, where the host does not
+            wait for the answer, the error or warning comes with the next step.
 
     Raises:
         ValueError: an option is out of range; a parameter is sparse, complex or not floating point.
@@ -79,6 +137,7 @@ class StoSignSGD(LowPrecisionOptimizer):
         seed: int = 0,
         state_precision: StatePrecision | str | None = None,
         maximize: bool = False,
+        param_rounding: Literal["stochastic", "nearest"] = "stochastic",
         fused: bool | None = None,
         on_nonfinite: Literal["raise", "skip"] = "raise",
     ) -> None:
@@ -90,14 +149,13 @@ class StoSignSGD(LowPrecisionOptimizer):
             "seed": seed,
             "state_precision": state_precision,
             "maximize": maximize,
+            "param_rounding": param_rounding,
             "fused": fused,
             "on_nonfinite": on_nonfinite,
         }
         super().__init__(params, defaults)
         for group in self.param_groups:
             _warn_if_envelope_cannot_decay(group)
-
-    _fused_choices = (None, False, True)
 
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
@@ -111,49 +169,12 @@ class StoSignSGD(LowPrecisionOptimizer):
         if not 0 <= group["seed"] < 1 << 64:
             raise ValueError(f"seed={group['seed']} must be in [0, 2**64)")
 
-    def _step_param(
-        self, index: int, param: Tensor, grad: Tensor, state: dict[str, Any], group: dict[str, Any]
-    ) -> None:
-        stored = StoredState(state, ("exp_avg", "exp_inf"), param, index, group)
+    def _rule(self, group: dict[str, Any]) -> Rule:
+        return StoSignRule(group["stochastic"], group["maximize"])
+
+    def _rates(self, group: dict[str, Any]) -> tuple[float, float]:
         beta1, beta2 = group["betas"]
-        if self._compiles(param, group) and can_fuse(param, state, stored.precision):
-            stosign_step(
-                param,
-                state,
-                stored.key(Stream.UPDATE),
-                stored.precision,
-                (beta1, beta2),
-                group["lr"],
-                group["weight_decay"],
-                stochastic=group["stochastic"],
-                maximize=group["maximize"],
-            )
-            return
-
-        if group["maximize"]:
-            grad = -grad
-        # m_t = beta1 m_{t-1} + (1 - beta1) g_t
-        m = stored.read("exp_avg")
-        m = stored.write("exp_avg", m.add_(grad.sub(m).mul_(1 - beta1)))
-        # G_t = max(beta2 G_{t-1}, |m_t|), of the m_t that was stored
-        G = stored.read("exp_inf").mul_(beta2)
-        G = stored.write_up("exp_inf", torch.maximum(G, m.abs(), out=G))
-        if group["stochastic"]:
-            # sign(m_t + G_t n_t)
-            n = uniform_noise(stored.key(Stream.UPDATE), param.numel(), device=param.device).view(param.shape)
-            direction = n.to(m.dtype).mul_(G).add_(m).sign_()
-        else:
-            # m_t / G_t, 0 where G_t = 0
-            direction = m.div(G).masked_fill_(G == 0, 0)
-        # x_{t+1} = x_t - eta direction - eta lambda x_t
-        stored.update_param(param, direction, group["lr"], group["weight_decay"])
-
-    def _compiles(self, param: Tensor, group: dict[str, Any]) -> bool:
-        """Return whether the group's ``fused`` asks for a compiled step of a parameter on this machine."""
-        wanted = group["fused"]
-        if wanted is None:
-            wanted = param.device.type == "cpu" and self._numel >= WORTH_COMPILING
-        return wanted and has_compiler()
+        return 1 - beta1, beta2
 
 
 def _warn_if_envelope_cannot_decay(group: dict[str, Any]) -> None:

@@ -9,46 +9,74 @@ from torch._dynamo.utils import counters
 from torch._inductor import cpp_builder
 from torch._inductor.exc import InvalidCxxCompiler
 
-from lightning_stosign import StoSignSGD
-from lightning_stosign.optim import fused, stosign
+from lightning_stosign import SignSGD, StoSignSGD
+from lightning_stosign.optim import _low_precision, engine, fused
 
 # Compiled: of 1, 2 and 4 dimensions, with 2, 5, 6 and 256 rows. Eager: too small, and not a multiple of a row.
-SHAPES = [(512,), (5, 256), (8, 16, 4, 3), (256, 256), (256,), (3, 300), ()]
+# Alone, of 1, 2 and 4 dimensions, with 80, 70 and 128 whole rows, and one with a rest; and small ones together.
+SHAPES = [(20480,), (70, 256), (128, 64, 2, 2), (129, 130), (300, 7), (256,), (5,), ()]
 OPTIONS = [{}, {"stochastic": False}, {"weight_decay": 0.1, "maximize": True, "betas": (0.95, 0.9)}]
+FP8 = "fp8:stochastic_rounding=true,min_numel=0"
 slow = pytest.mark.slow
 
 pytestmark = pytest.mark.filterwarnings("ignore:betas")
 
 
-def train(steps=12, **options):
+def train(cls=StoSignSGD, steps=12, dtype=torch.float32, **options):
     torch.manual_seed(0)
-    params = [nn.Parameter(torch.randn(shape)) for shape in SHAPES]
-    optimizer = StoSignSGD(params, lr=1e-2, seed=3, **options)
+    params = [nn.Parameter(torch.randn(shape).to(dtype)) for shape in SHAPES]
+    if cls is StoSignSGD:
+        options["seed"] = 3
+    optimizer = cls(params, lr=1e-2, **options)
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = 1e-2 / (step + 1)
         for param in params:
-            param.grad = torch.randn(param.shape) * 10 ** (-step / 2)
+            param.grad = torch.randn(param.shape).to(dtype) * 10 ** (-step / 2)
         optimizer.step()
     return params, optimizer
 
 
-@pytest.mark.parametrize("options", [OPTIONS[0], *(pytest.param(o, marks=slow) for o in OPTIONS[1:])])
-@pytest.mark.parametrize(
-    "precision",
-    [
-        *(None, "fp8", "fp8-block"),
-        *(pytest.param(p, marks=slow) for p in ("bfloat16", "float16", "fp8-raw:static_scale=1024")),
-        pytest.param("fp8:dtype=float8_e5m2", marks=slow),
-    ],
-)
-def test_compiled_and_eager_steps_have_the_same_bits(precision, options):
-    (a, one), (b, other) = (train(state_precision=precision, fused=f, **options) for f in (True, False))
+def assert_same_bits(**options):
+    (a, one), (b, other) = (train(fused=compiled, **options) for compiled in (True, False))
     for p, q in zip(a, b, strict=True):
         assert torch.equal(p, q), p.shape
         assert one.state[p].keys() == other.state[q].keys()
         for name, value in one.state[p].items():
             assert value.dtype == other.state[q][name].dtype
             assert torch.equal(value.double(), other.state[q][name].double()), (name, p.shape)
+
+
+@pytest.mark.parametrize("options", [OPTIONS[0], *(pytest.param(o, marks=slow) for o in OPTIONS[1:])])
+@pytest.mark.parametrize("precision", [None, FP8])
+def test_compiled_and_eager_steps_have_the_same_bits(precision, options):
+    assert_same_bits(state_precision=precision, **options)
+
+
+@slow
+@pytest.mark.parametrize(
+    "precision",
+    [
+        *("bfloat16:min_numel=0", "float16:min_numel=0", "fp8-raw:static_scale=1024,min_numel=0", "fp8:min_numel=0"),
+        *("fp8:dtype=float8_e5m2", "fp8-block", "fp8-block:block_size=32,stochastic_rounding=true,min_numel=0"),
+    ],
+)
+def test_every_storage_has_the_same_bits(precision):
+    assert_same_bits(state_precision=precision)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"dtype": torch.bfloat16},
+        pytest.param({"dtype": torch.float16, "state_precision": "fp8-block"}, marks=slow),
+        pytest.param({"dtype": torch.bfloat16, "param_rounding": "nearest", "state_precision": FP8}, marks=slow),
+        {"cls": SignSGD},
+        pytest.param({"cls": SignSGD, "maximize": True, "state_precision": FP8}, marks=slow),
+        pytest.param({"cls": SignSGD, "momentum": 0.0, "dtype": torch.bfloat16}, marks=slow),
+    ],
+)
+def test_every_kind_of_parameter_and_optimizer_has_the_same_bits(options):
+    assert_same_bits(**options)
 
 
 def test_tensor_lr_gives_the_same_bits():
@@ -76,7 +104,7 @@ def test_one_compilation_serves_all_shapes_steps_and_learning_rates():
 def test_a_run_goes_on_alike_when_the_path_changes():
     params, optimizer = train(steps=3, fused=True)
     others = [nn.Parameter(p.detach().clone()) for p in params]
-    eager = StoSignSGD(others, seed=3)
+    eager = StoSignSGD(others, lr=1e-2)
     eager.load_state_dict(optimizer.state_dict())
     eager.param_groups[0]["fused"] = False
     for p, q in zip(params, others, strict=True):
@@ -111,34 +139,28 @@ def test_parameter_of_any_layout_gets_the_same_update(layout):
 
 @pytest.fixture
 def calls(monkeypatch):
-    """Which parameters took the compiled path."""
+    """The shapes of what was updated compiled."""
     shapes = []
 
-    def record(param, *args, **kwargs):
-        shapes.append(tuple(param.shape))
-        return fused.stosign_step(param, *args, **kwargs)
+    def record(spec, rows, *args):
+        shapes.append(tuple(rows[0].shape))
+        return fused.compiled_update(spec, rows, *args)
 
-    monkeypatch.setattr(stosign, "stosign_step", record)
+    monkeypatch.setattr(engine, "compiled_update", record)
     return shapes
 
 
-def test_parameters_that_fit_are_compiled_and_the_others_are_not(calls):
+def test_large_parameters_are_compiled_alone_and_small_ones_together(calls):
     train(steps=1, fused=True)
-    assert calls == SHAPES[:4]
-
-
-@pytest.mark.parametrize("precision", ["fp8-block:min_numel=0", "fp8:stochastic_rounding=true,min_numel=0"])
-def test_precisions_without_a_kernel_are_eager(calls, precision):
-    train(steps=1, fused=True, state_precision=precision)
-    assert calls == []
+    assert calls == [(80, 256), (70, 256), (128, 256), (65, 256), (9 + 1 + 1 + 1, 256)]
 
 
 def test_by_default_only_what_is_worth_it_is_compiled(calls, monkeypatch):
     train(steps=1)
     assert calls == []
-    monkeypatch.setattr(stosign, "WORTH_COMPILING", 60_000)
+    monkeypatch.setattr(_low_precision, "WORTH_COMPILING", 60_000)
     train(steps=1)
-    assert calls == SHAPES[:4]
+    assert len(calls) == 5
 
 
 def test_without_a_compiler_the_step_is_eager_and_warns_once(calls, monkeypatch, tmp_path):

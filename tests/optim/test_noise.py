@@ -68,7 +68,7 @@ def test_noise_of_neighbours_is_uncorrelated(other):
 
 
 def test_same_values_are_drawn_in_a_different_order_at_another_step():
-    # One keyed round alone would only permute the elements: sorted, two steps would then agree.
+    # Keyed at the start alone, the sequence would only be shifted: sorted, two steps would then agree.
     a, b = (uniform_noise(noise_key(0, step, 0), 1 << 12).sort().values for step in (1, 2))
     assert not torch.equal(a, b)
 

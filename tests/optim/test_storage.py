@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from lightning_stosign import StatePrecision
+from lightning_stosign.optim.rounding import power_of_two_scale
 from lightning_stosign.optim.storage import (
     dequantize,
-    power_of_two_scale,
     quantize,
-    round_stochastically,
+    round_by_noise,
     round_to_nearest,
 )
 
@@ -51,7 +51,7 @@ def test_stochastic_rounding_is_unbiased_between_the_two_neighbours(dtype):
     dtype = getattr(torch, dtype)
     draws = 20_000
     values = torch.tensor([0.3, -0.3, 1.01, -17.3, 2.0**-11 * 1.1, 2.0**-12 * 0.7, 0.0, 1.5, 300.1])
-    rounded = round_stochastically(values.repeat(draws, 1), dtype, key=1).double()
+    rounded = round_by_noise(values.repeat(draws, 1), dtype, 1).double()
     low, high = rounded.min(0).values, rounded.max(0).values
     nearest = round_to_nearest(values, dtype).double()
     assert bool(((nearest == low) | (nearest == high)).all())
@@ -64,11 +64,11 @@ def test_stochastic_rounding_is_unbiased_between_the_two_neighbours(dtype):
 def test_stochastic_rounding_leaves_numbers_of_the_format_alone(dtype):
     dtype = getattr(torch, dtype)
     exact = torch.randn(50_000, generator=torch.Generator().manual_seed(0)).mul_(30).to(dtype).float()
-    assert torch.equal(round_stochastically(exact, dtype, key=3).float(), exact)
+    assert torch.equal(round_by_noise(exact, dtype, 3).float(), exact)
 
 
 def test_stochastic_rounding_saturates():
-    assert round_stochastically(torch.tensor([1e9, -1e9]), torch.float8_e4m3fn, key=0).float().tolist() == [448, -448]
+    assert round_by_noise(torch.tensor([1e9, -1e9]), torch.float8_e4m3fn, 0).float().tolist() == [448, -448]
 
 
 @pytest.mark.parametrize("largest", [448.0, 57344.0, 65504.0])

@@ -1,0 +1,135 @@
+"""The optimizers whose states are stored in low precision: from param groups and gradients to jobs for the engine."""
+
+from abc import abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from lightning_stosign.optim import engine
+from lightning_stosign.optim._base import StrictOptimizer, check_choice
+from lightning_stosign.optim._deferred import DeferredCheck, defers
+from lightning_stosign.optim.fused import WORTH_COMPILING, has_compiler
+from lightning_stosign.optim.noise import noise_key
+from lightning_stosign.optim.state_precision import FLOAT32, StatePrecision, precision_of
+from lightning_stosign.optim.storage import init_state
+from lightning_stosign.optim.update import Constants, Rule, UpdateSpec
+
+
+class LowPrecisionOptimizer(StrictOptimizer):
+    """Base of the optimizers that store their states by a :class:`StatePrecision`, with compiled and eager steps.
+
+    A subclass implements :meth:`_rule` and :meth:`_rates`.
+    """
+
+    def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
+        if defaults["state_precision"] is not None:
+            defaults["state_precision"] = str(StatePrecision.parse(defaults["state_precision"]))
+        super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a param group, as in torch.optim; its options and parameters are checked."""
+        if param_group.get("state_precision") is not None:
+            param_group["state_precision"] = str(StatePrecision.parse(param_group["state_precision"]))
+        super().add_param_group(param_group)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for values in self.state.values():  # a count that was saved as a plain number
+            values["step"] = torch.as_tensor(values["step"], dtype=torch.int64)
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        super()._check_group(group)
+        check_choice("maximize", group["maximize"], (True, False))
+        check_choice("param_rounding", group["param_rounding"], ("stochastic", "nearest"))
+        check_choice("fused", group["fused"], (None, False, True))
+
+    @abstractmethod
+    def _rule(self, group: dict[str, Any]) -> Rule:
+        """Return the update rule of a param group."""
+
+    @abstractmethod
+    def _rates(self, group: dict[str, Any]) -> tuple[float, float]:
+        """Return the weight of the gradient in the momentum and the decay of the envelope."""
+
+    @torch.compiler.disable
+    @torch.no_grad()
+    def _step(self, closure: Callable[[], Any] | None) -> Any:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._report_deferred()
+        updates = list(self._params_with_grad())
+        finite: bool | Tensor = True
+        if defers(updates):
+            self._deferred = DeferredCheck(updates)
+            finite = self._deferred.finite
+        elif not self._gradients_are_finite(updates):
+            return loss
+        numel = sum(param.numel() for _, param, _ in updates)
+        constants: dict[Any, Constants] = {}
+        jobs = []
+        for index, param, group in updates:
+            of_group = id(group), param.device
+            if of_group not in constants:
+                constants[of_group] = self._constants(group, param.device, finite)
+            jobs.append(self._job(index, param, group, constants[of_group], numel))
+        engine.run(jobs)
+        return loss
+
+    _deferred: DeferredCheck | None = None
+
+    def _report_deferred(self) -> None:
+        """Raise or warn about the last step's gradients, if the host did not wait for the answer then."""
+        check, self._deferred = self._deferred, None
+        offending = check.offending() if check is not None else []
+        if offending:
+            self._report_nonfinite([self._name(param) for param, _ in offending], [group for _, group in offending])
+
+    def _constants(self, group: dict[str, Any], device: torch.device, finite: bool | Tensor) -> Constants:
+        lr: Any = group["lr"]
+        decay: Any = 1.0
+        weight: Any
+        beta2: Any
+        weight, beta2 = self._rates(group)
+        if isinstance(lr, Tensor):
+            lr = lr.to(device).reshape(())
+        if group["weight_decay"] != 0:
+            decay = 1 - lr * group["weight_decay"]
+        if isinstance(finite, bool):
+            return Constants(lr, decay, weight, beta2)
+        # A step that changes nothing, where a gradient is not finite.
+        lr, decay, weight, beta2 = (
+            torch.where(finite, torch.as_tensor(value, dtype=torch.float32, device=device), neutral)
+            for value, neutral in ((lr, 0.0), (decay, 1.0), (weight, 0.0), (beta2, 1.0))
+        )
+        return Constants(lr, decay, weight, beta2, finite)
+
+    def _job(self, index: int, param: Tensor, group: dict[str, Any], constants: Constants, numel: int) -> engine.Job:
+        state, rule = self.state[param], self._rule(group)
+        precision = precision_of(state, group)
+        if precision is not None and not precision.applies_to(param):
+            precision = None
+        if "step" not in state:
+            # int64: exact beyond float32's 2**24 steps. On the CPU, where reading it costs no synchronisation.
+            state["step"] = torch.zeros((), dtype=torch.int64)
+        for name in rule.states:  # one by one: a momentum can be switched on in the middle of a run
+            if name not in state:
+                init_state(state, name, param, precision)
+        state["step"] += 1
+        narrow = param.dtype.itemsize < 4
+        spec = UpdateSpec(rule, precision or FLOAT32, narrow and group["param_rounding"] == "stochastic")
+        seed, step = group.get("seed", 0), int(state["step"])
+        keys = {stream: noise_key(seed, step, index, stream) for stream in spec.streams()}
+        assert param.grad is not None
+        return engine.Job(param, param.grad, state, spec, keys, constants, self._compiles(param, group, numel))
+
+    def _compiles(self, param: Tensor, group: dict[str, Any], numel: int) -> bool:
+        """Return whether the group's ``fused`` asks for a compiled step on this machine."""
+        wanted = group["fused"]
+        if wanted is None:
+            wanted = param.device.type == "cpu" and numel >= WORTH_COMPILING
+        return wanted and has_compiler()

@@ -1,0 +1,211 @@
+"""Takes parameters and their states through an update: in chunks, in batches of small ones, or compiled."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_stosign.optim.fused import ROW, compiled_largest, compiled_update
+from lightning_stosign.optim.noise import Stream, hash_words, weyl_sequence
+from lightning_stosign.optim.storage import SCALE_SUFFIX
+from lightning_stosign.optim.update import Constants, RowNoise, RunNoise, UpdateSpec
+
+# Values that an eager pass goes over at a time: on the CPU 1 MiB of float32, so that the passes stay in the cache.
+_CHUNK, _ACCELERATOR_CHUNK = 1 << 18, 1 << 26
+
+# Values up to which parameters are gathered to be updated together: copying them costs less than a call for each.
+_SMALL = 1 << 14
+
+_SEGMENT = 1 << 32  # elements that share a key
+
+
+@dataclass
+class Job:
+    """One parameter's update in this step.
+
+    Args:
+        param: the parameter.
+        grad: its gradient.
+        state: its entry in ``optimizer.state``.
+        spec: the update and how it is stored.
+        keys: this step's noise keys.
+        constants: the numbers of the step.
+        compiled: whether to take the compiled path where it fits.
+        largest: :meth:`Rule.largest` of the whole parameter, under ``scaling="tensor"``.
+    """
+
+    param: Tensor
+    grad: Tensor
+    state: dict[str, Any]
+    spec: UpdateSpec
+    keys: dict[Stream, int]
+    constants: Constants
+    compiled: bool
+    largest: Tensor | None = None
+
+    @property
+    def stored(self) -> list[Tensor]:
+        """The state tensors."""
+        return [self.state[name] for name in self.spec.rule.states]
+
+    @property
+    def scales(self) -> list[Tensor | None]:
+        """The scales of the state tensors."""
+        return [self.state.get(name + SCALE_SUFFIX) for name in self.spec.rule.states]
+
+    @property
+    def batch_key(self) -> tuple[Any, ...] | None:
+        """What parameters must have in common to be updated together; None for one that is updated alone."""
+        tensors = (self.param, self.grad, *self.stored)
+        if self.param.numel() > _SMALL or any(s is not None for s in self.scales) or self.param.dtype == torch.float64:
+            return None
+        return self.spec, id(self.constants), self.compiled, self.param.device, *(t.dtype for t in tensors)
+
+
+def run(jobs: Sequence[Job]) -> None:
+    """Update parameters and states in place."""
+    for job in jobs:
+        if job.spec.precision.scaling == "tensor" and job.spec.rule.states:
+            job.largest = _largest(job)
+    batches: dict[Any, list[Job]] = {}
+    for job in jobs:
+        batches.setdefault(job.batch_key or id(job), []).append(job)
+    for batch in batches.values():
+        if len(batch) == 1:
+            _run_alone(batch[0])
+        else:
+            _run_together(batch)
+
+
+def _run_alone(job: Job) -> None:
+    new_scales = None
+    if job.largest is not None:
+        new_scales = job.spec.rule.cover(job.largest, job.spec.precision)
+    flat = [_flat(tensor) for tensor in (job.param, job.grad, *job.stored)]
+    for first, count, row in _spans(job):
+        part = slice(first, first + count)
+        rows = [tensor[part].view(-1, row) for tensor in flat]
+        scales = [_part_of_scale(scale, first, count, job.spec.precision.block_size) for scale in job.scales]
+        if _compiles(job, count, row):
+            words = torch.tensor([_words(job, first)], dtype=torch.int32, device=job.param.device)
+            sequence = _row_sequence(count // row, row, job.param.device)
+            words = words.expand(count // row, -1)
+            compiled_update(job.spec, rows, scales, new_scales, words, sequence, job.constants)
+        else:
+            states = job.spec.stored(rows[0], rows[2:], scales, new_scales)
+            job.spec.update(rows[0], rows[1], states, RunNoise(job.keys, first, rows[0]), job.constants)
+    if new_scales is not None:
+        for scale, new in zip(job.scales, new_scales, strict=True):
+            assert scale is not None
+            scale.copy_(new)
+    for tensor, values in zip((job.param, *job.stored), (flat[0], *flat[2:]), strict=True):
+        if not tensor.is_contiguous():
+            tensor.copy_(values.view(tensor.shape))
+
+
+def _run_together(jobs: list[Job]) -> None:
+    """Update small parameters as one, each with its own noise: gathered in rows, padded with zeros, and put back."""
+    first = jobs[0]
+    device = first.param.device
+    sizes = tuple(job.param.numel() for job in jobs)
+    owner, sequence, padding = _batch_layout(sizes, device)
+    tensors = zip(*((job.param, job.grad, *job.stored) for job in jobs), strict=True)
+    gathered = [_gather(column, padding).view(-1, ROW) for column in tensors]
+    words = torch.tensor([_words(job, 0) for job in jobs], dtype=torch.int32, device=device)[owner]
+    scales = [None] * len(first.stored)
+    if first.compiled and len(owner) > 1:
+        compiled_update(first.spec, gathered, scales, None, words, sequence, first.constants)
+    else:
+        noise = RowNoise(first.spec.streams(), words, sequence, weyl_sequence(ROW, device=device))
+        param, grad, *stored = gathered
+        first.spec.update(param, grad, first.spec.stored(param, stored, scales), noise, first.constants)
+    columns = zip(*((job.param, *job.stored) for job in jobs), strict=True)
+    for column, values in zip(columns, (gathered[0], *gathered[2:]), strict=True):
+        pieces = values.view(-1).split(
+            [size for job_size, pad in zip(sizes, padding, strict=True) for size in (job_size, pad)]
+        )
+        torch._foreach_copy_(list(column), [p.view(t.shape) for p, t in zip(pieces[::2], column, strict=True)])
+
+
+def _gather(tensors: Sequence[Tensor], padding: Sequence[int]) -> Tensor:
+    zeros = tensors[0].new_zeros(ROW)
+    pieces = (
+        piece for tensor, pad in zip(tensors, padding, strict=True) for piece in (tensor.reshape(-1), zeros[:pad])
+    )
+    return torch.cat(list(pieces))
+
+
+@lru_cache(maxsize=64)
+def _batch_layout(sizes: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor, list[int]]:
+    """Return each row's parameter, the Weyl sequence at its first element, and the zeros after each parameter."""
+    rows = torch.tensor([-(-size // ROW) for size in sizes])
+    owner = torch.repeat_interleave(torch.arange(len(sizes)), rows).to(device)
+    sequence = torch.cat([weyl_sequence(int(count), step=ROW) for count in rows]).to(device)
+    return owner, sequence, [-size % ROW for size in sizes]
+
+
+def _largest(job: Job) -> Tensor:
+    param, grad, *stored = (_flat(tensor) for tensor in (job.param, job.grad, *job.stored))
+    found = []
+    for first, count, row in _spans(job):
+        part = slice(first, first + count)
+        rows = [tensor[part].view(-1, row) for tensor in (param, grad, *stored)]
+        if _compiles(job, count, row):
+            found.append(compiled_largest(job.spec, rows, job.scales, job.constants))
+        else:
+            states = job.spec.stored(rows[0], rows[2:], job.scales)
+            found.append(job.spec.largest(rows[0], rows[1], states, job.constants))
+    return torch.stack(found).amax(dim=0)
+
+
+def _spans(job: Job) -> Iterator[tuple[int, int, int]]:
+    """Yield (first value, number of values, values in a row) of the pieces to update one after the other."""
+    total = job.param.numel()
+    blocks = job.spec.precision.scaling == "block"
+    row = job.spec.precision.block_size if blocks else ROW
+    chunk = _SEGMENT if job.compiled and not blocks else _chunk(job.param.device)
+    chunk = max(chunk // row, 1) * row
+    whole = total // row * row
+    for first in range(0, whole, chunk):
+        count = min(chunk, whole - first)
+        yield first, count, row
+    if whole < total:
+        yield whole, total - whole, total - whole
+
+
+def _compiles(job: Job, count: int, row: int) -> bool:
+    # torch.compile treats a size of 1 apart.
+    return job.compiled and count >= 2 * row and job.param.dtype != torch.float64
+
+
+def _chunk(device: torch.device) -> int:
+    return _CHUNK if device.type == "cpu" else _ACCELERATOR_CHUNK
+
+
+def _words(job: Job, first: int) -> list[int]:
+    return [word for stream in job.spec.streams() for word in hash_words(job.keys[stream], first)]
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    """Return the values in row-major order: a view where memory is in that order."""
+    return tensor.detach().reshape(-1)
+
+
+def _part_of_scale(scale: Tensor | None, first: int, count: int, block_size: int) -> Tensor | None:
+    if scale is None or scale.dim() == 0:
+        return scale
+    return scale[first // block_size : -(-(first + count) // block_size)]
+
+
+@lru_cache(maxsize=64)
+def _power_of_two_sequence(rows: int, row: int, device: torch.device) -> Tensor:
+    return weyl_sequence(rows, step=row, device=device)
+
+
+def _row_sequence(rows: int, row: int, device: torch.device) -> Tensor:
+    """Return the Weyl sequence at the first element of each row, int32 ``[rows]``."""
+    capacity = 1 << (rows - 1).bit_length()  # so that a few tensors serve all parameters
+    return _power_of_two_sequence(capacity, row, device)[:rows]

@@ -1,0 +1,263 @@
+"""The arithmetic of one step on rows of values: one source for the eager and the compiled path, and the same bits."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_stosign.optim.noise import (
+    Stream,
+    fraction_from_bits,
+    hash_bits,
+    noise_from_bits,
+    uniform_fraction,
+    uniform_noise,
+)
+from lightning_stosign.optim.rounding import power_of_two_scale, round_stochastically, round_to_nearest, round_up
+from lightning_stosign.optim.state_precision import StatePrecision
+
+
+class Constants(NamedTuple):
+    """The numbers of a step: Python numbers, or 0-dimensional tensors so that a change of one does not recompile."""
+
+    lr: Any
+    decay: Any  # 1 - lr * weight_decay
+    weight: Any  # 1 - beta1, the gradient's share of the momentum
+    beta2: Any  # the envelope's decay
+    finite: Any = True  # a bool tensor where the host does not wait for it: whether to take the step at all
+
+
+class Noise(ABC):
+    """What rows draw: a value an element, a pure function of the stream's key and the element's index."""
+
+    @abstractmethod
+    def uniform(self, stream: Stream) -> Tensor:
+        """Return ``n ~ Unif(-1, 1)`` in the rows' shape."""
+
+    @abstractmethod
+    def fraction(self, stream: Stream) -> Tensor:
+        """Return ``r ~ Unif[0, 1)`` in the rows' shape."""
+
+
+class RunNoise(Noise):
+    """The noise of consecutive elements of one parameter, hashed in place.
+
+    Args:
+        keys: a noise key a stream.
+        start: the first element's index.
+        like: the rows.
+    """
+
+    def __init__(self, keys: dict[Stream, int], start: int, like: Tensor) -> None:
+        self._keys, self._start, self._like = keys, start, like
+
+    def uniform(self, stream: Stream) -> Tensor:
+        """Return noise in the rows' shape."""
+        like = self._like
+        return uniform_noise(self._keys[stream], like.numel(), start=self._start, device=like.device).view(like.shape)
+
+    def fraction(self, stream: Stream) -> Tensor:
+        """Return fractions in the rows' shape."""
+        like = self._like
+        values = uniform_fraction(self._keys[stream], like.numel(), start=self._start, device=like.device)
+        return values.view(like.shape)
+
+
+class RowNoise(Noise):
+    """The noise of rows that each have their own key and first index; made of torch operations, to be compiled.
+
+    Args:
+        streams: the streams in ``words``.
+        words: int32, ``[rows, 2 * streams]``: the ``hash_words`` of each row's parameter.
+        sequence: int32, ``[rows]``: the Weyl sequence at each row's first element.
+        row: the Weyl sequence of a row's elements, int32 ``[values in a row]``.
+    """
+
+    def __init__(self, streams: Sequence[Stream], words: Tensor, sequence: Tensor, row: Tensor) -> None:
+        self._streams, self._words, self._sequence, self._row = tuple(streams), words, sequence, row
+
+    def _bits(self, stream: Stream) -> Tensor:
+        at = 2 * self._streams.index(stream)
+        origin, high = self._words[:, at : at + 1], self._words[:, at + 1 : at + 2]
+        return hash_bits(self._sequence.unsqueeze(1) + self._row, origin, high)
+
+    def uniform(self, stream: Stream) -> Tensor:
+        """Return noise in the rows' shape."""
+        return noise_from_bits(self._bits(stream))
+
+    def fraction(self, stream: Stream) -> Tensor:
+        """Return fractions in the rows' shape."""
+        return fraction_from_bits(self._bits(stream))
+
+
+class StoredRows:
+    """Rows of one state during its update.
+
+    Args:
+        stored: ``[rows, values]`` in the storage's dtype; changed in place.
+        precision: how they are stored.
+        scale: float32: 0-dimensional under ``scaling="tensor"``, ``[rows]`` under ``"block"`` (changed in place: a
+            row is a block), else None.
+        new_scale: under ``scaling="tensor"`` the scale to store with.
+        compute_dtype: float32, or float64 for a float64 parameter.
+    """
+
+    def __init__(
+        self,
+        stored: Tensor,
+        precision: StatePrecision,
+        scale: Tensor | None,
+        new_scale: Tensor | None,
+        compute_dtype: torch.dtype,
+    ) -> None:
+        self._stored, self._precision, self._scale, self._new_scale = stored, precision, scale, new_scale
+        self._in_place, self._compute_dtype = stored.dtype == compute_dtype, compute_dtype
+
+    def read(self) -> Tensor:
+        """Return the values, to be changed in place and then handed to a write method."""
+        if self._in_place:
+            return self._stored
+        value = self._stored.to(self._compute_dtype)
+        if self._precision.scaling == "none":
+            static_scale = self._precision.static_scale
+            return value.mul_(1 / static_scale) if static_scale != 1 else value
+        assert self._scale is not None
+        return value.mul_(self._per_value(self._scale))
+
+    def write(self, value: Tensor, noise: Noise) -> Tensor:
+        """Store values to nearest, or at random if the precision says so; return them as stored."""
+        if self._in_place:
+            return value
+        scaled, scale = self._scaled(value)
+        dtype = self._stored.dtype
+        if self._precision.stochastic_rounding and dtype.itemsize < 4:
+            rounded = round_stochastically(scaled, dtype, noise.fraction(Stream.ROUND_STATE))
+        else:
+            rounded = round_to_nearest(scaled, dtype)
+        self._stored.copy_(rounded)
+        return self._unscaled(rounded.to(self._compute_dtype), scale)
+
+    def write_up(self, value: Tensor) -> Tensor:
+        """Store values >= 0 rounded up and return them as stored."""
+        if self._in_place:
+            return value
+        scaled, scale = self._scaled(value)
+        rounded = round_up(scaled, self._stored.dtype) if self._stored.dtype.itemsize < 4 else scaled
+        self._stored.copy_(rounded.to(self._stored.dtype))
+        return self._unscaled(rounded.to(self._compute_dtype), scale)
+
+    def _scaled(self, value: Tensor) -> tuple[Tensor, Tensor | None]:
+        value = value.to(torch.float32)
+        if self._precision.scaling == "none":
+            static_scale = self._precision.static_scale
+            return (value * static_scale if static_scale != 1 else value), None
+        scale = self._new_scale
+        if self._precision.scaling == "block":
+            assert self._scale is not None
+            scale = power_of_two_scale(value.abs().amax(dim=1), torch.finfo(self._stored.dtype).max)
+            self._scale.copy_(scale)
+        assert scale is not None
+        return value * self._per_value(1 / scale), scale
+
+    def _unscaled(self, rounded: Tensor, scale: Tensor | None) -> Tensor:
+        if scale is not None:
+            return rounded * self._per_value(scale)
+        static_scale = self._precision.static_scale
+        return rounded * (1 / static_scale) if static_scale != 1 else rounded
+
+    def _per_value(self, scale: Tensor) -> Tensor:
+        return scale.unsqueeze(1) if self._precision.scaling == "block" else scale
+
+
+class Rule(ABC):
+    """An optimizer's update rule; a frozen dataclass of its choices, so that a kernel can be kept for each."""
+
+    @property
+    @abstractmethod
+    def states(self) -> tuple[str, ...]:
+        """The names of its states."""
+
+    @abstractmethod
+    def streams(self) -> tuple[Stream, ...]:
+        """Return the noise that the direction draws, besides that of the rounding."""
+
+    @abstractmethod
+    def direction(self, grad: Tensor, states: Sequence[StoredRows], noise: Noise, constants: Constants) -> Tensor:
+        """Update the states and return the direction to step against, a new tensor that may be changed."""
+
+    @abstractmethod
+    def largest(self, grad: Tensor, states: Sequence[StoredRows], constants: Constants) -> Tensor:
+        """Return, changing nothing, what :meth:`cover` needs to know of the next states: float32 ``[states]``."""
+
+    @abstractmethod
+    def cover(self, largest: Tensor, precision: StatePrecision) -> Tensor:
+        """Return each state's next scale under ``scaling="tensor"``, from the :meth:`largest` of all its rows."""
+
+
+@dataclass(frozen=True)
+class UpdateSpec:
+    """All that a compiled step is specialised on, besides dtypes."""
+
+    rule: Rule
+    precision: StatePrecision
+    round_param: bool  # stochastically, a parameter of less than float32
+
+    def streams(self) -> tuple[Stream, ...]:
+        """Return the streams that are drawn from."""
+        rounding = ((Stream.ROUND_STATE, self.precision.stochastic_rounding), (Stream.ROUND_PARAM, self.round_param))
+        return self.rule.streams() + tuple(stream for stream, used in rounding if used)
+
+    def stored(
+        self,
+        param: Tensor,
+        states: Sequence[Tensor],
+        scales: Sequence[Tensor | None],
+        new_scales: Tensor | None = None,
+    ) -> list[StoredRows]:
+        """Return the rows of the states; ``scales`` and ``new_scales`` as in :class:`StoredRows`."""
+        compute_dtype = torch.promote_types(param.dtype, torch.float32)
+        return [
+            StoredRows(
+                stored,
+                self.precision,
+                scale,
+                None if new_scales is None else new_scales[i],
+                compute_dtype,
+            )
+            for i, (stored, scale) in enumerate(zip(states, scales, strict=True))
+        ]
+
+    def update(
+        self, param: Tensor, grad: Tensor, states: Sequence[StoredRows], noise: Noise, constants: Constants
+    ) -> None:
+        """Update rows of a parameter and of its states in place: ``x = x - lr * weight_decay * x - lr * direction``."""
+        grad = usable(grad, param, constants)
+        direction = self.rule.direction(grad, states, noise, constants)
+        in_place = param.dtype in (torch.float32, torch.float64)
+        value = param if in_place else param.to(torch.float32)
+        if not is_one(constants.decay):
+            value.mul_(constants.decay)
+        value.sub_(direction.mul_(constants.lr))
+        if self.round_param and not in_place:
+            # A step of lr is often below half the spacing of the parameter's numbers, and would be lost each time.
+            value = round_stochastically(value, param.dtype, noise.fraction(Stream.ROUND_PARAM))
+        if not in_place:
+            param.copy_(value)
+
+    def largest(self, param: Tensor, grad: Tensor, states: Sequence[StoredRows], constants: Constants) -> Tensor:
+        """Return :meth:`Rule.largest` of these rows."""
+        return self.rule.largest(usable(grad, param, constants), states, constants)
+
+
+def usable(grad: Tensor, param: Tensor, constants: Constants) -> Tensor:
+    """Return the gradient in the dtype to compute in, and 0 in a step that is not to be taken."""
+    grad = grad.to(torch.promote_types(param.dtype, torch.float32))
+    return grad if constants.finite is True else torch.where(constants.finite, grad, 0.0)
+
+
+def is_one(factor: Any) -> bool:
+    """Return whether a constant is the number 1, so that a pass can be spared."""
+    return not isinstance(factor, Tensor) and factor == 1
