@@ -194,6 +194,7 @@ def _is_optimizer_state(value: Any) -> bool:
 def _is_param_group(value: Any) -> bool:
     return (
         isinstance(value, dict)
+        and all(isinstance(option, str) for option in value)
         and isinstance(value.get("params"), list)
         and all(isinstance(key, (int, str)) for key in value["params"])
     )

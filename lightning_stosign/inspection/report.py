@@ -50,7 +50,7 @@ class OptimizerReport:
 
     Attributes:
         name: which optimizer it is.
-        options: the options of its first param group.
+        options: the options of its first param group, as plain values.
         layers: its parameters.
         states: counts by state, over all of them.
         stored_as: how each state is stored; several ways are joined by "/".
@@ -67,7 +67,8 @@ class OptimizerReport:
     @classmethod
     def of(cls, optimizer: SavedOptimizer, forecast: Iterable[str]) -> "OptimizerReport":
         """Read an optimizer's states, one parameter at a time."""
-        report = cls(optimizer.name, optimizer.options)
+        options = {printable(name): _plain(value) for name, value in optimizer.options.items()}
+        report = cls(optimizer.name, options)
         stored: dict[str, list[str]] = {}
         for parameter in optimizer.parameters:
             layer = _layer(optimizer, parameter, forecast)
@@ -147,7 +148,7 @@ def as_json(report: Report) -> dict[str, Any]:
         "optimizers": [
             {
                 "optimizer": optimizer.name,
-                "options": {printable(key): _plain(value) for key, value in optimizer.options.items()},
+                "options": optimizer.options,
                 "stored_as": optimizer.stored_as,
                 **_counts(optimizer.states, optimizer.health),
                 "layers": [
@@ -184,11 +185,11 @@ def _counts(states: dict[str, StateTally], health: HealthTally | None) -> dict[s
 
 
 def _plain(value: Any) -> Any:
-    """Return what JSON can hold of an option."""
+    """Return what JSON can hold of a value."""
     if isinstance(value, Tensor) and value.numel() == 1:
         value = value.item()
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, (tuple, list)):
         return [_plain(item) for item in value]
-    return value if isinstance(value, (bool, int, str, type(None))) else printable(str(value))
+    return value if isinstance(value, (bool, int, type(None))) else printable(str(value))

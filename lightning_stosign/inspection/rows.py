@@ -82,7 +82,7 @@ def subtitle(optimizer: OptimizerReport) -> str:
     values = sum(tally.size for tally in optimizer.states.values())
     stored = ", ".join(f"{name}: {way}" for name, way in optimizer.stored_as.items())
     lr = optimizer.options.get("lr")
-    rate = f" at lr {float(lr):.3g}" if lr is not None else ""
+    rate = f" at lr {lr:.3g}" if isinstance(lr, (int, float)) else ""
     if not optimizer.states:
         return f"{optimizer.name}{rate}: {len(optimizer.layers)} parameters; it has no states"
     return f"{optimizer.name}{rate}: {len(optimizer.layers)} parameters, {values:,} values of state ({stored})"
