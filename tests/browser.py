@@ -11,6 +11,15 @@ import time
 import pytest
 
 _BINARY = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+_OPTIONS = [
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-dev-shm-usage",
+    "--disable-background-networking",
+    "--no-first-run",
+    "--remote-debugging-pipe",
+]
 needs_browser = pytest.mark.skipif(_BINARY is None, reason="no Chromium or Chrome on this machine (Debian: chromium)")
 
 
@@ -24,10 +33,9 @@ class Browser:
         self._answers, write_answers = os.pipe()
         # The browser reads commands from descriptor 3 and writes answers to 4.
         redirect = f'exec "$@" 3<&{read_commands} 4>&{write_answers}'
+        profile = f"--user-data-dir={self._folder.name}"
         self._process = subprocess.Popen(
-            ["bash", "-c", redirect, "bash", _BINARY, "--headless", "--no-sandbox", "--disable-gpu"]
-            + ["--disable-dev-shm-usage", "--no-first-run", "--disable-background-networking"]
-            + [f"--user-data-dir={self._folder.name}", f"--window-size={width},{height}", "--remote-debugging-pipe"],
+            ["bash", "-c", redirect, "bash", _BINARY, *_OPTIONS, profile, f"--window-size={width},{height}"],
             pass_fds=(read_commands, write_answers),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,

@@ -3,6 +3,7 @@
 import importlib
 import pickle
 import struct
+import warnings
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -121,7 +122,8 @@ def _load(path: Path) -> tuple[Any, tuple[str, ...]]:
         if system := [name for name in unknown if name.partition(".")[0] in _SYSTEM_MODULES]:
             raise CheckpointError(f"{path} holds code: it refers to {printable(system[0])}; refused")
         stand_ins: list[Any] = [(_placeholder(path, name), name) for name in unknown]
-        with safe_globals(stand_ins):
+        with safe_globals(stand_ins), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # on pickle protocols: what cannot be read is refused
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except CheckpointError:
         raise

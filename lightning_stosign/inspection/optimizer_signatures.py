@@ -40,13 +40,14 @@ def _signature(
 
 # The first that fits counts.
 _SIGNATURES = [
+    _signature(Optimizer, "use_muon", name="Muon and AdamW"),
     _signature(StoSignSGD, "stochastic seed state_precision", "exp_avg exp_inf"),
     _signature(SignSGD, "momentum state_precision", "exp_avg"),
     _signature(torch.optim.NAdam, "momentum_decay", "exp_avg exp_avg_sq"),
     _signature(torch.optim.Adam, "betas eps amsgrad decoupled_weight_decay", "exp_avg exp_avg_sq"),
     # torch before 2.8, torchao: the same options for both
     _signature(torch.optim.Adam, "betas eps amsgrad", "exp_avg exp_avg_sq", name="Adam or AdamW"),
-    _signature(torch.optim.RAdam, "betas eps weight_decay capturable", "exp_avg exp_avg_sq"),
+    _signature(torch.optim.RAdam, "betas eps decoupled_weight_decay", "exp_avg exp_avg_sq"),
     _signature(torch.optim.SparseAdam, "betas eps", "exp_avg exp_avg_sq", without="weight_decay"),
     _signature(torch.optim.Adamax, "betas eps weight_decay", "exp_avg exp_inf"),
     _signature(torch.optim.RMSprop, "alpha centered", "square_avg"),
@@ -57,10 +58,9 @@ _SIGNATURES = [
     _signature(torch.optim.Rprop, "etas step_sizes", "prev step_size"),
     _signature(torch.optim.LBFGS, "history_size tolerance_grad"),
     _signature(torch.optim.SGD, "dampening nesterov"),
-    _signature(Optimizer, "use_muon", name="Muon and AdamW"),
 ]
 if hasattr(torch.optim, "Muon"):  # torch >= 2.9
-    _SIGNATURES.append(_signature(torch.optim.Muon, "ns_steps momentum", "momentum_buffer", without="use_muon"))
+    _SIGNATURES.append(_signature(torch.optim.Muon, "ns_steps momentum", "momentum_buffer"))
 
 
 def identify(groups: Sequence[Mapping[str, Any]], states: Iterable[str]) -> Signature:

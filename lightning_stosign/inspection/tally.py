@@ -124,6 +124,8 @@ class HealthTally:
 
 
 def _lost(value: Tensor, name: str, degree: int, largest: float) -> int:
+    if value.numel() == 0:
+        return 0
     size, in_pieces = _PIECE, None
     if value.numel() > _PIECE:
         size, in_pieces = _by_piece(name, degree, largest)

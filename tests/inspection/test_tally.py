@@ -1,0 +1,96 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from lightning_stosign.health import log10_histogram, underflow_fraction
+from lightning_stosign.inspection import tally as tally_module
+from lightning_stosign.inspection.tally import HealthTally, StateTally
+
+FORMATS = (
+    "fp8-raw",
+    "fp8-raw:static_scale=1024",
+    "fp8-raw:dtype=float8_e5m2",
+    "fp8",
+    "fp8:dtype=float8_e5m2",
+    "fp8-block",
+    "fp8-block:block_size=96",
+    "bfloat16",
+    "float16",
+    "fp4-block",
+)
+
+
+@pytest.fixture
+def small_pieces(monkeypatch):
+    monkeypatch.setattr(tally_module, "_PIECE", 256)
+
+
+def _state(seed, size=3001):
+    """Magnitudes over twelve decades, with zeros and a subnormal number."""
+    generator = torch.Generator().manual_seed(seed)
+    value = torch.randn(size, generator=generator) * 10 ** (12 * torch.rand(size, generator=generator) - 10)
+    value[::7] = 0
+    value[1] = 1e-41
+    return value.reshape(-1, 1)
+
+
+@pytest.mark.parametrize("degree", [1, 2])
+@pytest.mark.parametrize("format", FORMATS)
+def test_counting_in_pieces_forecasts_the_same_as_the_whole(small_pieces, format, degree):
+    value = _state(0)
+    whole = underflow_fraction(value, format, degree)
+    tally = StateTally.of(value, [format], degree)
+    assert tally.lost == {format: int(whole.part)}
+    assert tally.underflow_fraction[format] == pytest.approx(float(whole.fraction))
+    assert 0 < whole.part < whole.whole or format in ("bfloat16",)
+
+
+def test_the_statistics_are_those_of_numpy(small_pieces):
+    value = _state(1)
+    exact = value.double().numpy()
+    tally = StateTally.of(value, [], 1)
+    assert tally.size == exact.size
+    assert tally.zeros == (exact == 0).sum()
+    assert tally.largest == np.abs(exact).max()
+    assert tally.rms == pytest.approx(math.sqrt((exact**2).mean()), rel=1e-6)
+    assert torch.equal(tally.log10_counts, log10_histogram(value))
+
+
+def test_tallies_add_up(small_pieces):
+    first, second = _state(2), _state(3, size=700)
+    added = StateTally.of(first, ["fp8-raw"], 1)
+    added.add(StateTally.of(second, ["fp8-raw"], 1))
+    together = StateTally.of(torch.cat([first, second]), ["fp8-raw"], 1)
+    assert added.square_sum == pytest.approx(together.square_sum)
+    assert (added.size, added.zeros, added.largest, added.lost) == (
+        together.size,
+        together.zeros,
+        together.largest,
+        together.lost,
+    )
+    assert torch.equal(added.log10_counts, together.log10_counts)
+
+
+def test_sick_coordinates_are_counted(small_pieces):
+    numerator, denominator = torch.ones(1000), torch.ones(1000)
+    numerator[:300], denominator[200:700] = 0, 0
+    health = HealthTally.of(numerator, denominator)
+    assert (health.dead_fraction, health.exploding_fraction) == (0.1, 0.4)
+
+
+def test_nan_is_the_largest():
+    value = _state(4)
+    value[5] = math.nan
+    tally = StateTally.of(value, ["fp8-raw"], 1)
+    tally.add(StateTally.of(_state(5), ["fp8-raw"], 1))
+    assert math.isnan(tally.largest)
+    assert math.isnan(tally.rms)
+
+
+@pytest.mark.parametrize("value", [torch.empty(0), torch.zeros(5), torch.tensor(0.0)])
+def test_nothing_is_lost_of_nothing(value):
+    tally = StateTally.of(value, ["fp8", "fp4-block"], 1)
+    assert tally.underflow_fraction == {"fp8": 0, "fp4-block": 0}
+    assert tally.rms == 0
