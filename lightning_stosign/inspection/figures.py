@@ -8,13 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lightning_stosign.health.statistics import LOG10_BINS, LOG10_MAX, LOG10_MIN
+from lightning_stosign.health.magnitudes import log10_bin_edges
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _MOST_LABELS = 60  # that a heat map's side has room for
-_BIN = (LOG10_MAX - LOG10_MIN) / LOG10_BINS
 
 
 def require_matplotlib() -> None:
@@ -66,13 +65,13 @@ def magnitudes(counts: Mapping[str, Sequence[float]], zeros: Mapping[str, float]
     """
     figure = _new_figure(8, 1.2 + 1.6 * max(len(counts), 1))
     panels = figure.subplots(max(len(counts), 1), 1, sharex=True, squeeze=False)[:, 0]
-    filled = [i for column in counts.values() for i, count in enumerate(column) if count > 0] or [0, LOG10_BINS - 1]
+    edges = log10_bin_edges().numpy()
+    filled = [i for column in counts.values() for i, count in enumerate(column) if count > 0] or [0, len(edges) - 2]
     first, last = min(filled), max(filled) + 1
-    edges = LOG10_MIN + _BIN * np.arange(first, last + 1)
     for axes, (name, column) in zip(panels, counts.items(), strict=False):
         used = np.asarray(column[first:last], dtype=np.float64)
-        total = used.sum() / max(1 - zeros[name], 1e-12)
-        axes.stairs(used / max(total, 1), edges, fill=True, color="tab:blue")
+        share = used / max(used.sum(), 1) * (1 - zeros[name])
+        axes.stairs(share, edges[first : last + 1], fill=True, color="tab:blue")
         axes.set_title(f"{_plain(name)}: {zeros[name]:.1%} is 0", fontsize="small", loc="left", parse_math=False)
         axes.set_ylabel("share")
         axes.axvline(_SMALLEST_E4M3, color="tab:red", ls="--", lw=0.8, label="E4M3's smallest number, no scale")

@@ -1,11 +1,12 @@
 """Which optimizer saved this? Told by the options of its param groups and the names of its states."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any, NamedTuple
 
 import torch
 from torch.optim import Optimizer
 
+from lightning_stosign.optim.alias import ALIAS
 from lightning_stosign.optim.signsgd import SignSGD
 from lightning_stosign.optim.stosign import StoSignSGD
 
@@ -19,6 +20,7 @@ class Signature(NamedTuple):
         options: options of its param groups.
         states: states of its parameters.
         without: options that it does not have.
+        exact: whether its parameters have no state besides ``states`` and a step count.
     """
 
     name: str
@@ -26,16 +28,38 @@ class Signature(NamedTuple):
     options: frozenset[str]
     states: frozenset[str]
     without: frozenset[str]
+    exact: bool = False
+
+    def fits(self, options: Set[str], states: Set[str]) -> bool:
+        """Return whether an optimizer with these options and states is this one; before its first step it has none."""
+        if not self.options <= options or self.without & options:
+            return False
+        if not states:
+            return bool(self.options) and not self.exact
+        return self.states <= states and not (self.exact and states - self.states - {"step"})
 
 
 UNKNOWN = Signature("unknown optimizer", Optimizer, frozenset(), frozenset(), frozenset())
 
+# Options that SignConverted adds to those of the optimizer that it converts.
+_OF_SIGN_CONVERTED = frozenset(["stochastic", "seed", "normalize", "on_nonfinite"])
+
+
+def _stand_in(package: str, name: str) -> type[Optimizer]:
+    """Return a class that goes by the name of one in a package that need not be installed."""
+    return type(name, (Optimizer,), {"__module__": package})
+
 
 def _signature(
-    optimizer: type[Optimizer], options: str, states: str = "", without: str = "", name: str | None = None
+    optimizer: type[Optimizer],
+    options: str,
+    states: str = "",
+    without: str = "",
+    name: str | None = None,
+    exact: bool = False,
 ) -> Signature:
     words = (frozenset(text.split()) for text in (options, states, without))
-    return Signature(name or optimizer.__name__, optimizer, *words)
+    return Signature(name or optimizer.__name__, optimizer, *words, exact=exact)
 
 
 # The first that fits counts.
@@ -43,6 +67,7 @@ _SIGNATURES = [
     _signature(Optimizer, "use_muon", name="Muon and AdamW"),
     _signature(StoSignSGD, "stochastic seed state_precision", "exp_avg exp_inf"),
     _signature(SignSGD, "momentum state_precision", "exp_avg"),
+    _signature(ALIAS, "loss_lower_bound d0 same_batch"),
     _signature(torch.optim.NAdam, "momentum_decay", "exp_avg exp_avg_sq"),
     _signature(torch.optim.Adam, "betas eps amsgrad decoupled_weight_decay", "exp_avg exp_avg_sq"),
     # torch before 2.8, torchao: the same options for both
@@ -58,6 +83,9 @@ _SIGNATURES = [
     _signature(torch.optim.Rprop, "etas step_sizes", "prev step_size"),
     _signature(torch.optim.LBFGS, "history_size tolerance_grad"),
     _signature(torch.optim.SGD, "dampening nesterov"),
+    _signature(torch.optim.Adam, "betas bias_correction", "exp_avg exp_avg_sq", name="FusedAdam"),
+    _signature(_stand_in("bitsandbytes", "Optimizer8bit"), "", "state1", name="optimizer of bitsandbytes"),
+    _signature(_stand_in("pytorch_optimizer", "Lion"), "betas", "exp_avg", name="Lion", exact=True),
 ]
 if hasattr(torch.optim, "Muon"):  # torch >= 2.9
     _SIGNATURES.append(_signature(torch.optim.Muon, "ns_steps momentum", "momentum_buffer"))
@@ -78,12 +106,11 @@ def identify(groups: Sequence[Mapping[str, Any]], states: Iterable[str]) -> Sign
         >>> identify(adamw.state_dict()["param_groups"], ["step", "exp_avg", "exp_avg_sq"]).name
         'AdamW'
     """
-    options = groups[0].keys() if groups else frozenset()
-    present = frozenset(states)
-    for signature in _SIGNATURES:
-        fits = signature.options <= options and not signature.without & options
-        if fits and (signature.states <= present or not present):
-            if signature.name == "Adam" and groups[0]["decoupled_weight_decay"]:
-                return signature._replace(name="AdamW", optimizer_class=torch.optim.AdamW)
-            return signature
-    return UNKNOWN
+    options, present = frozenset(groups[0]), frozenset(states)
+    if options >= _OF_SIGN_CONVERTED:
+        base = identify([{key: groups[0][key] for key in options - _OF_SIGN_CONVERTED}], present)
+        return base._replace(name=f"SignConverted {base.name}")
+    signature = next((each for each in _SIGNATURES if each.fits(options, present)), UNKNOWN)
+    if signature.name == "Adam" and groups[0]["decoupled_weight_decay"]:
+        return signature._replace(name="AdamW", optimizer_class=torch.optim.AdamW)
+    return signature

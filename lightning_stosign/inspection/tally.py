@@ -1,18 +1,17 @@
-"""Counting a state of any size in pieces: what it holds, and what a format would lose of it."""
+"""Counts of a state: what it holds, and what a format would lose of it; they add up over parameters."""
 
 import math
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from lightning_stosign.health.forecast import FP4_BLOCK, Format, underflow_fraction
-from lightning_stosign.health.statistics import LOG10_BINS, coordinate_health, log10_histogram, state_statistics
-from lightning_stosign.optim.state_precision import StatePrecision
-from lightning_stosign.optim.storage import power_of_two_scale
+from lightning_stosign.health.forecast import underflow_fraction
+from lightning_stosign.health.magnitudes import log10_bin_edges, log10_histogram
+from lightning_stosign.health.statistics import coordinate_health, state_statistics
 
-_PIECE = 1 << 18  # values: what a processor's cache holds, several times faster than whole tensors
+_BINS = len(log10_bin_edges()) - 1
 
 
 @dataclass
@@ -33,7 +32,7 @@ class StateTally:
     largest: float = 0.0
     square_sum: float = 0.0
     lost: dict[str, int] = field(default_factory=dict)
-    log10_counts: Tensor = field(default_factory=lambda: torch.zeros(LOG10_BINS, dtype=torch.float64))
+    log10_counts: Tensor = field(default_factory=lambda: torch.zeros(_BINS, dtype=torch.int64))
 
     @classmethod
     def of(cls, value: Tensor, formats: Iterable[str], degree: int) -> "StateTally":
@@ -44,16 +43,15 @@ class StateTally:
             formats: what to forecast, as in :func:`lightning_stosign.health.check_format`.
             degree: the state's :func:`lightning_stosign.optim.emulation.state_degree`.
         """
-        tally = cls(size=value.numel())
-        for piece in _pieces(value, _PIECE):
-            statistics = state_statistics(piece)
-            tally.zeros += int(statistics.zeros)
-            tally.largest = _largest(tally.largest, float(statistics.abs_max))
-            tally.square_sum += float(statistics.square_sum)
-            tally.log10_counts += log10_histogram(piece)
-        for name in formats:
-            tally.lost[name] = _lost(value, name, degree, tally.largest)
-        return tally
+        statistics = state_statistics(value)
+        return cls(
+            size=value.numel(),
+            zeros=int(statistics.zeros),
+            largest=float(statistics.abs_max),
+            square_sum=float(statistics.square_sum),
+            lost={name: int(underflow_fraction(value, name, degree).part) for name in formats},
+            log10_counts=log10_histogram(value),
+        )
 
     def add(self, other: "StateTally") -> None:
         """Add the counts of another parameter's state."""
@@ -98,13 +96,8 @@ class HealthTally:
     @classmethod
     def of(cls, numerator: Tensor, denominator: Tensor) -> "HealthTally":
         """Count one parameter; both tensors of one shape."""
-        tally = cls(size=numerator.numel())
-        pairs = zip(_pieces(numerator, _PIECE), _pieces(denominator, _PIECE), strict=True)
-        for piece_of_numerator, piece_of_denominator in pairs:
-            health = coordinate_health(piece_of_numerator, piece_of_denominator)
-            tally.dead += int(health.dead)
-            tally.exploding += int(health.exploding)
-        return tally
+        health = coordinate_health(numerator, denominator)
+        return cls(size=numerator.numel(), dead=int(health.dead), exploding=int(health.exploding))
 
     def add(self, other: "HealthTally") -> None:
         """Add the counts of another parameter."""
@@ -121,36 +114,6 @@ class HealthTally:
     def exploding_fraction(self) -> float:
         """Share of coordinates whose quotient explodes."""
         return _share(self.exploding, self.size)
-
-
-def _lost(value: Tensor, name: str, degree: int, largest: float) -> int:
-    if value.numel() == 0:
-        return 0
-    size, in_pieces = _PIECE, None
-    if value.numel() > _PIECE:
-        size, in_pieces = _by_piece(name, degree, largest)
-    if in_pieces is None:
-        return int(underflow_fraction(value, name, degree).part)
-    format, degree = in_pieces
-    return sum(int(underflow_fraction(piece, format, degree).part) for piece in _pieces(value, size))
-
-
-def _by_piece(name: str, degree: int, largest: float) -> tuple[int, tuple[Format, int] | None]:
-    """Return a piece's size, and the format and degree that do to each piece what ``name`` does to the whole."""
-    if name == FP4_BLOCK:
-        return 0, None  # the scales of its blocks depend on each other
-    precision = replace(StatePrecision.parse(name), min_numel=0)
-    if precision.scaling == "block":
-        return max(_PIECE // precision.block_size, 1) * precision.block_size, (precision, degree)
-    if precision.scaling == "tensor":
-        scale = float(power_of_two_scale(torch.tensor(largest), torch.finfo(precision.dtype).max))
-        return _PIECE, (replace(precision, scaling="none", static_scale=1 / scale), 1)
-    return _PIECE, (precision, degree)
-
-
-def _pieces(value: Tensor, size: int) -> Iterator[Tensor]:
-    """Cut into pieces, in row-major order; none of an empty tensor."""
-    yield from value.reshape(-1).split(size) if value.numel() > 0 else ()
 
 
 def _largest(a: float, b: float) -> float:

@@ -1,9 +1,13 @@
 import pytest
+import pytorch_optimizer
 import torch
 from health.torch_optimizers import FACTORIES, OURS, stepped
 from torch import nn
 
+from lightning_stosign import ALIAS, SignConverted
 from lightning_stosign.inspection.optimizer_signatures import UNKNOWN, identify
+
+OURS = {**OURS, "ALIAS": lambda params: ALIAS(params)}
 
 
 def _identified(state_dict):
@@ -45,3 +49,19 @@ def test_a_scheduler_s_options_do_not_matter():
 
 def test_what_nobody_knows_is_unknown():
     assert identify([{"lr": 0.1, "cleverness": 3}], ["cleverness_avg"]) is UNKNOWN
+
+
+def test_a_converted_optimizer_is_told_with_its_base():
+    optimizer, _ = stepped(lambda params: SignConverted(params, torch.optim.Adamax))
+    signature = _identified(optimizer.state_dict())
+    assert (signature.name, signature.optimizer_class) == ("SignConverted Adamax", torch.optim.Adamax)
+
+
+def test_optimizers_of_other_packages_are_told():
+    lion, _ = stepped(pytorch_optimizer.Lion)
+    assert _identified(lion.state_dict()).name == "Lion"
+    belief, _ = stepped(pytorch_optimizer.AdaBelief)
+    assert _identified(belief.state_dict()) is UNKNOWN
+    assert identify([{"betas": (0.9, 0.99)}], ["state1", "qmap1", "absmax1"]).name == "optimizer of bitsandbytes"
+    fused = {"lr": 0.1, "betas": (0.9, 0.99), "bias_correction": True, "step": 3}
+    assert identify([fused], ["exp_avg", "exp_avg_sq", "master_param"]).name == "FusedAdam"
