@@ -1,6 +1,7 @@
 """Optimizers that survive low precision, and the instruments that show when one does not."""
 
 from lightning_stosign.callbacks import (
+    OptimizerDashboard,
     OptimizerStateMonitor,
     SignStepSizeFinder,
     StateCollapseError,
@@ -26,6 +27,7 @@ __all__ = [
     "ALIAS",
     "Float8Precision",
     "OnlineToNonconvex",
+    "OptimizerDashboard",
     "OptimizerStateMonitor",
     "SignConverted",
     "SignDDPStrategy",
