@@ -23,7 +23,7 @@ from jsonargparse import auto_cli
 from lightning.pytorch import LightningModule, Trainer
 from optimizer_step import gpt2_shapes
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_stosign import StoSignSGD
 
@@ -53,7 +53,7 @@ def save(path: Path, shapes: list[tuple[int, ...]], optimizer: str) -> None:
     """Train for one step and save a checkpoint."""
     torch.manual_seed(0)
     trainer = Trainer(accelerator="cpu", max_steps=1, logger=False, enable_checkpointing=False, **QUIET)
-    trainer.fit(Weights(shapes, optimizer), DataLoader([0.0]))
+    trainer.fit(Weights(shapes, optimizer), DataLoader(TensorDataset(torch.zeros(1))))
     trainer.save_checkpoint(path)
 
 

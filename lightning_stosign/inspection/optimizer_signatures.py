@@ -58,8 +58,14 @@ def _signature(
     name: str | None = None,
     exact: bool = False,
 ) -> Signature:
-    words = (frozenset(text.split()) for text in (options, states, without))
-    return Signature(name or optimizer.__name__, optimizer, *words, exact=exact)
+    return Signature(
+        name or optimizer.__name__,
+        optimizer,
+        frozenset(options.split()),
+        frozenset(states.split()),
+        frozenset(without.split()),
+        exact,
+    )
 
 
 # The first that fits counts.
