@@ -48,11 +48,10 @@ def select_backend(backend: str, recipe: Any) -> tuple[Float8Backend, str]:
             "which takes Transformer Engine where it runs and torchao elsewhere"
         )
 
-    why = "" if backend != "auto" else obstacle or f"{_offering(name)} offers it"
     if backend != "auto":
         chosen = _BACKENDS[backend]
     elif asks_te and obstacle is None:
-        chosen, why = TransformerEngineBackend, "Transformer Engine runs here"
+        chosen = TransformerEngineBackend
     elif name in EmulationBackend.recipes and (name not in TransformerEngineBackend.recipes or not _has_gpu()):
         # Where there is a GPU, nobody wants a slow run by surprise.
         chosen = EmulationBackend
@@ -71,11 +70,10 @@ def select_backend(backend: str, recipe: Any) -> tuple[Float8Backend, str]:
             f"recipe={name!r} is not offered by backend={chosen.name!r}, which has {list(chosen.recipes)}; "
             f"backend={' or '.join(map(repr, elsewhere))} has it{remark}"
         )
-    return chosen(choice), why
-
-
-def _offering(name: str | None) -> str:
-    return " and ".join(f"only {backend.name}" for backend in _BACKENDS.values() if name in backend.recipes)
+    if backend != "auto":
+        return chosen(choice), ""
+    why = "Transformer Engine runs here" if chosen is TransformerEngineBackend else f"only {chosen.name} offers it"
+    return chosen(choice), obstacle or why
 
 
 def _has_gpu() -> bool:

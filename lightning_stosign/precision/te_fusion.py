@@ -19,13 +19,11 @@ class Chain(NamedTuple):
         norm: A LayerNorm or RMSNorm over one dimension.
         linears: One linear layer, or the two of an MLP.
         activation: What is between the two, in TE's words; None if there is one.
-        length: How many modules this is.
     """
 
     norm: nn.Module
     linears: tuple[nn.Linear, ...]
     activation: str | None
-    length: int
 
 
 class FusedNorm(nn.Module):
@@ -132,9 +130,9 @@ def _chain_at(sequence: nn.Sequential, start: int, kept: dict[nn.Module, list[st
         activation = _activation(rest[1])
         same = first.in_features == second.out_features and (first.bias is None) == (second.bias is None)
         if activation is not None and same:
-            return Chain(norm, (first, second), activation, 4)
+            return Chain(norm, (first, second), activation)
     if rest and fits(rest[0]):
-        return Chain(norm, (cast(nn.Linear, rest[0]),), None, 2)
+        return Chain(norm, (cast(nn.Linear, rest[0]),), None)
     return None
 
 
