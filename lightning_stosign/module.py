@@ -61,6 +61,8 @@ class StoSignConfig:
             cannot store them so get :func:`emulate_state_precision`. None: in full precision.
         stochastic: False gives the in-expectation form of stosign and sign-adamw.
         seed: of their noise.
+        param_rounding: how stosign and signsgd round bfloat16 and float16 parameters after their update in float32:
+            ``"stochastic"``, so that a step below half of their spacing is kept on average, or ``"nearest"``.
         on_nonfinite: what stosign, signsgd, sign-adamw and alias do about a gradient with inf or NaN: ``"raise"``
             or ``"skip"``.
 
@@ -85,11 +87,13 @@ class StoSignConfig:
     state_precision: StatePrecision | str | None = None
     stochastic: bool = True
     seed: int = 0
+    param_rounding: Literal["stochastic", "nearest"] = "stochastic"
     on_nonfinite: Literal["raise", "skip"] = "raise"
 
     def __post_init__(self) -> None:
         check_choice("optimizer", self.optimizer, get_args(OptimizerName))
         check_choice("schedule", self.schedule, get_args(Schedule))
+        check_choice("param_rounding", self.param_rounding, ("stochastic", "nearest"))
         check_number("lr", self.lr)
         check_number("weight_decay", self.weight_decay)
         check_number("min_lr_ratio", self.min_lr_ratio, 0.0, 1.0)
@@ -132,6 +136,7 @@ class StoSignConfig:
                 stochastic=self.stochastic,
                 seed=self.seed,
                 state_precision=self.state_precision,
+                param_rounding=self.param_rounding,
                 on_nonfinite=self.on_nonfinite,
             )
         if self.optimizer == "signsgd":
@@ -141,6 +146,7 @@ class StoSignConfig:
                 momentum=betas[0],
                 weight_decay=self.weight_decay,
                 state_precision=self.state_precision,
+                param_rounding=self.param_rounding,
                 on_nonfinite=self.on_nonfinite,
             )
         if self.optimizer == "alias":

@@ -122,8 +122,17 @@ def test_bfloat16_weights_run_emulated_under_autocast() -> None:
     assert torch.equal(output, again)
 
 
-@pytest.mark.parametrize(("optimizer", "moves"), [("stosign", True), ("signsgd", True), ("adamw", False)])
-def test_steps_below_bfloat16_s_spacing_are_not_lost(optimizer: Any, moves: bool) -> None:
+@pytest.mark.parametrize(
+    ("optimizer", "param_rounding", "moves"),
+    [
+        ("stosign", "stochastic", True),
+        ("signsgd", "stochastic", True),
+        ("stosign", "nearest", False),
+        ("signsgd", "nearest", False),
+        ("adamw", "stochastic", False),
+    ],
+)
+def test_steps_below_bfloat16_s_spacing_are_not_lost(optimizer: Any, param_rounding: Any, moves: bool) -> None:
     """The weights are 1, half the spacing of bfloat16 there is 2**-8 above and 2**-9 below, and a step is 1e-4."""
 
     class Constant(StoSignMixin, Wrapped):
@@ -132,7 +141,9 @@ def test_steps_below_bfloat16_s_spacing_are_not_lost(optimizer: Any, moves: bool
 
     model = Constant(layer=nn.Linear(64, 64, bias=False))
     nn.init.ones_(model.layer.weight)
-    model.stosign = StoSignConfig(optimizer=optimizer, lr=1e-4, schedule="constant", weight_decay=0.0)
+    model.stosign = StoSignConfig(
+        optimizer=optimizer, lr=1e-4, schedule="constant", weight_decay=0.0, param_rounding=param_rounding
+    )
     trainer(torchao_plugin(weights_dtype="bfloat16"), steps=10).fit(model, batches(10))
     moved = 1 - model.layer.weight.double().mean().item()
     assert model.layer.weight.dtype == torch.bfloat16
@@ -152,6 +163,7 @@ def test_the_command_line_chooses_recipe_and_backend(tmp_path: Path) -> None:
             '{"recipe": {"name": "nvfp4", "disable_rht": true}, "backend": "emulation", "weights_dtype": "bfloat16"}}',
             "--trainer.max_steps=1",
             "--model.stosign.warmup_steps=0",
+            "--model.stosign.param_rounding=nearest",
             "--trainer.limit_val_batches=0",
             "--trainer.logger=false",
             "--trainer.callbacks=null",
@@ -166,3 +178,4 @@ def test_the_command_line_chooses_recipe_and_backend(tmp_path: Path) -> None:
     assert (plugin.backend, plugin._backend.rounding.rotate) == ("emulation", False)
     assert cli.model.model.head.weight.dtype == torch.bfloat16
     assert cli.trainer.global_step == 1
+    assert cli.trainer.optimizers[0].param_groups[0]["param_rounding"] == "nearest"
