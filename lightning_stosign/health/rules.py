@@ -1,7 +1,7 @@
 """Update rules: what each optimizer divides by what, and how its states are read."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_stosign.health.stored_states import Group, State, read_bitsandbytes, read_stored, read_transformer_engine
+from lightning_stosign.optim.sign_converted import SignConverted
 from lightning_stosign.optim.signsgd import SignSGD
 from lightning_stosign.optim.stosign import StoSignSGD
 
@@ -92,7 +93,15 @@ def _bitsandbytes(optimizer: Optimizer) -> UpdateRule:
     return rules.get(getattr(optimizer, "optimizer_name", ""), UpdateRule(read=read, decays=None))
 
 
+def _sign_converted(optimizer: Optimizer) -> UpdateRule:
+    """The states are the base's, the weight decay is not."""
+    assert isinstance(optimizer, SignConverted)
+    rule = _registered(optimizer.base) or UpdateRule(decays=None)
+    return replace(rule, decoupled_weight_decay=_always, stochastic_sign=_never)
+
+
 _RULES: dict[type[Optimizer] | str, RuleOf] = {
+    SignConverted: _sign_converted,
     StoSignSGD: UpdateRule("exp_avg", ("exp_inf",), _always, lambda group: bool(group["stochastic"])),
     SignSGD: UpdateRule("exp_avg", (), _always),
     torch.optim.SGD: UpdateRule("momentum_buffer"),
@@ -157,11 +166,15 @@ def update_rule(optimizer: Optimizer, group: Group, states: Mapping[str, Any]) -
     """
     if "use_muon" in group:  # one optimizer for Muon's matrices and AdamW's vectors, as is usual with Muon
         return _MUON if group["use_muon"] else _ADAM(_always)
+    return _registered(optimizer) or _by_convention(states)
+
+
+def _registered(optimizer: Optimizer) -> UpdateRule | None:
     for cls in type(optimizer).__mro__:
         rule = _RULES.get(cls) or _RULES.get(f"{cls.__module__.partition('.')[0]}.{cls.__name__}")
         if rule is not None:
             return rule if isinstance(rule, UpdateRule) else rule(optimizer)
-    return _by_convention(states)
+    return None
 
 
 def _by_convention(states: Mapping[str, Any]) -> UpdateRule:
