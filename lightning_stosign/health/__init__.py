@@ -9,17 +9,37 @@ from lightning_stosign.health.forecast import (
     underflow_fraction,
 )
 from lightning_stosign.health.magnitudes import log10_bin_edges, log10_histogram, log10_quantiles, magnitude_counts
+from lightning_stosign.health.metrics import (
+    AbsMax,
+    DeadFraction,
+    ExplodingFraction,
+    LogMagnitudeHistogram,
+    LogMagnitudeQuantile,
+    RootMeanSquare,
+    StalledFraction,
+    UnderflowFraction,
+    ZeroFraction,
+)
 from lightning_stosign.health.readers import Moments, read_moments
 from lightning_stosign.health.rules import UpdateRule, register_update_rule
 from lightning_stosign.health.stationarity import GeneralizedStationarity, L1Stationarity, generalized_stationarity
 from lightning_stosign.health.statistics import coordinate_health, noise_intensity, state_statistics
 
 __all__ = [
+    "AbsMax",
+    "DeadFraction",
+    "ExplodingFraction",
     "GeneralizedStationarity",
     "L1Stationarity",
+    "LogMagnitudeHistogram",
+    "LogMagnitudeQuantile",
     "Moments",
+    "RootMeanSquare",
     "Share",
+    "StalledFraction",
+    "UnderflowFraction",
     "UpdateRule",
+    "ZeroFraction",
     "check_format",
     "coordinate_health",
     "generalized_stationarity",

@@ -1,0 +1,102 @@
+"""What OptimizerStateMonitor costs: the example's GPT, steps that log, that do not, and without the monitor, in turn.
+
+python benchmarks/monitor_cost.py                    # 10 M parameters: about a minute on 2 cores
+python benchmarks/monitor_cost.py --size 1m
+
+Prints one table: the median time of a step of each kind, its ratio to the plain steps of the same run (median, and
+smallest to largest over the rounds), and what logging every 50th step adds to the time of training.
+"""
+
+import logging
+import statistics
+import sys
+import tempfile
+import time
+import warnings
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from jsonargparse import auto_cli
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import TensorBoardLogger
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+
+from gpt import GPTModule
+from text_data import TextDataModule
+
+from lightning_stosign import OptimizerStateMonitor, StoSignConfig
+
+PLAIN, WATCHED, LOGGED = "plain", "watched, not logged", "logged"
+KINDS = (PLAIN, WATCHED, LOGGED)
+NEVER, EVERY, DEFAULT = 1 << 30, 1, 50
+
+
+class Turns(Callback):
+    """Gives each step its kind in turn, and takes its time."""
+
+    def __init__(self, monitor: OptimizerStateMonitor) -> None:
+        self.monitor = monitor
+        self.seconds: dict[str, list[float]] = {kind: [] for kind in KINDS}
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self.kind = KINDS[batch_idx % len(KINDS)]
+        self.monitor.teardown(trainer, pl_module, "fit")
+        if self.kind != PLAIN:
+            self.monitor.every_n_steps = EVERY if self.kind == LOGGED else NEVER
+            self.monitor.on_train_start(trainer, pl_module)
+        self.start = time.perf_counter()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if batch_idx >= len(KINDS):  # the first of each kind does not count
+            self.seconds[self.kind].append(time.perf_counter() - self.start)
+
+
+def benchmark(
+    size: Literal["1m", "10m", "124m"] = "10m", optimizer: Literal["adamw", "stosign"] = "adamw", rounds: int = 7
+) -> None:
+    """Train and print the table.
+
+    Args:
+        size: of the GPT.
+        optimizer: what trains it.
+        rounds: steps of each kind that count.
+    """
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore")
+    torch.manual_seed(0)
+    monitor = OptimizerStateMonitor()
+    turns = Turns(monitor)
+    model = GPTModule(size, stosign=StoSignConfig(optimizer, lr=1e-3, schedule="constant"))
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = Trainer(
+            max_steps=(rounds + 1) * len(KINDS),
+            accelerator="cpu",
+            devices=1,
+            log_every_n_steps=NEVER,
+            limit_val_batches=0,
+            logger=TensorBoardLogger(folder),
+            callbacks=[turns, monitor],
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        trainer.fit(model, datamodule=TextDataModule())
+    numel = sum(param.numel() for param in model.parameters())
+    print(f"{optimizer}, {numel / 1e6:.1f} M parameters, {torch.get_num_threads()} threads, {rounds} rounds")
+    print(f"{'step':20}  {'time':>8}  ratio to plain")
+    ratios = {}
+    for kind in KINDS:
+        pairs = [a / b for a, b in zip(turns.seconds[kind], turns.seconds[PLAIN], strict=True)]
+        ratios[kind] = statistics.median(pairs)
+        seconds = statistics.median(turns.seconds[kind])
+        print(f"{kind:20}  {seconds:6.3f} s  {ratios[kind]:.3f} ({min(pairs):.3f} to {max(pairs):.3f})")
+    print(f"logging every {DEFAULT}th step adds {(ratios[LOGGED] - 1) / DEFAULT:.2%} to training")
+
+
+if __name__ == "__main__":
+    auto_cli(benchmark)
