@@ -104,6 +104,8 @@ def _decoupled_weight_decay(rule: UpdateRule, group: Mapping[str, Any]) -> float
     if group.get("fixed_decay", False) and weight_decay != 0:  # pytorch_optimizer's: without the factor lr
         lr = group["lr"]
         return weight_decay / lr if isinstance(lr, Tensor) or lr > 0 else 0.0
+    if isinstance(group.get("step_size"), Tensor) and weight_decay != 0:  # ALIAS's, which has lr as a factor
+        return weight_decay * group["step_size"] / group["lr"]
     return weight_decay
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_stosign.health.stored_states import Group, State, read_bitsandbytes, read_stored, read_transformer_engine
+from lightning_stosign.optim.alias import ALIAS
 from lightning_stosign.optim.sign_converted import SignConverted
 from lightning_stosign.optim.signsgd import SignSGD
 from lightning_stosign.optim.stosign import StoSignSGD
@@ -93,6 +94,11 @@ def _bitsandbytes(optimizer: Optimizer) -> UpdateRule:
     return rules.get(getattr(optimizer, "optimizer_name", ""), UpdateRule(read=read, decays=None))
 
 
+def _alias(optimizer: Optimizer) -> UpdateRule:
+    """With beta2 its averages are of gradients times a factor of its own."""
+    return _ADAM(_always, decays={} if optimizer.defaults["beta2"] is None else None)
+
+
 def _sign_converted(optimizer: Optimizer) -> UpdateRule:
     """The states are the base's, the weight decay is not."""
     assert isinstance(optimizer, SignConverted)
@@ -102,6 +108,7 @@ def _sign_converted(optimizer: Optimizer) -> UpdateRule:
 
 _RULES: dict[type[Optimizer] | str, RuleOf] = {
     SignConverted: _sign_converted,
+    ALIAS: _alias,
     StoSignSGD: UpdateRule("exp_avg", ("exp_inf",), _always, lambda group: bool(group["stochastic"])),
     SignSGD: UpdateRule("exp_avg", (), _always),
     torch.optim.SGD: UpdateRule("momentum_buffer"),

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch_optimizers import FACTORIES, OURS, stepped
 
-from lightning_stosign import SignSGD, StoSignSGD
+from lightning_stosign import ALIAS, SignConverted, SignSGD, StoSignSGD
 from lightning_stosign.health import UpdateRule, read_moments, register_update_rule, rules
 from lightning_stosign.optim.muon import MuonAdamW
 
@@ -345,6 +345,24 @@ def test_a_rule_can_depend_on_the_optimizer(own_rules):
     register_update_rule(Foreign, lambda optimizer: UpdateRule(optimizer.param_groups[0]["leads"]))
     optimizer, param = stepped(partial(Foreign, leads="spread"))
     assert read(optimizer, param).numerator is optimizer.state[param]["spread"]
+
+
+def test_the_states_of_sign_converted_are_its_base_s_and_its_weight_decay_is_not():
+    optimizer, param = stepped(lambda params: SignConverted(params, torch.optim.Adam, weight_decay=0.3))
+    moments = read(optimizer, param)
+    assert moments.numerator is optimizer.state[param]["exp_avg"]
+    assert moments.denominator is optimizer.state[param]["exp_avg_sq"]
+    assert moments.decoupled_weight_decay == 0.3
+    assert moments.changes.keys() == {"exp_avg", "exp_avg_sq"}
+
+
+@pytest.mark.parametrize(("beta2", "denominator"), [(None, None), (0.99, "exp_avg_sq")])
+def test_alias_decays_by_the_step_size_it_found(beta2, denominator):
+    optimizer, param = stepped(partial(ALIAS, momentum=0.9, beta2=beta2, weight_decay=0.3))
+    moments, state = read(optimizer, param), optimizer.state[param]
+    assert moments.numerator is state["exp_avg"]
+    assert moments.denominator is (state[denominator] if denominator else None)
+    assert float(moments.decoupled_weight_decay) == pytest.approx(0.3 * float(optimizer.param_groups[0]["step_size"]))
 
 
 def test_a_group_s_use_muon_chooses_its_rule():

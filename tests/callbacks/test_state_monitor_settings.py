@@ -1,0 +1,212 @@
+"""The monitor's arguments, loggers, and unusual modules."""
+
+import re
+from types import SimpleNamespace
+
+import pytest
+import torch
+from fits import Regression, fit, scalars, trainer
+from lightning.pytorch.loggers import CSVLogger, MLFlowLogger, WandbLogger
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
+from torch import nn
+
+from lightning_stosign import OptimizerStateMonitor
+from lightning_stosign.callbacks._records import log_records
+from lightning_stosign.health import log10_histogram
+
+LAYERS = ["first.weight", "first.bias", "head.weight", "head.bias"]
+
+
+@pytest.mark.parametrize(
+    ("globs", "expected"),
+    [
+        (["*.bias"], {"first.bias", "head.bias"}),
+        (["first.*", "head.weight"], {"first.weight", "first.bias", "head.weight"}),
+        (["head.weight"], {"head.weight"}),
+    ],
+)
+def test_layers_are_chosen_by_globs(tmp_path, globs, expected):
+    fit(Regression(), tmp_path, max_steps=1, callbacks=[OptimizerStateMonitor(layers=globs)])
+    found = {tag.rpartition("/")[2] for tag in scalars(tmp_path) if tag.startswith("optimizer_state/update_rms/")}
+    assert found == expected
+
+
+def test_global_records_are_of_the_chosen_layers_only(tmp_path):
+    fit(Regression(), tmp_path, max_steps=1, callbacks=[OptimizerStateMonitor(layers=["first.weight"])])
+    found = scalars(tmp_path)
+    assert found["optimizer_state/zero_fraction/exp_inf"][0] == pytest.approx(1 / 3)
+    assert found["optimizer_state/grad_abs_max"] == found["optimizer_state/grad_abs_max/first.weight"]
+
+
+@pytest.mark.parametrize("globs", [["nothing.*"], []])
+def test_globs_that_match_nothing_are_an_error(tmp_path, globs):
+    with pytest.raises(ValueError, match=re.escape(f"layers={globs} matches no parameter of Regression")):
+        fit(Regression(), tmp_path, callbacks=[OptimizerStateMonitor(layers=globs)])
+
+
+def test_a_trainer_without_a_logger_is_an_error():
+    with pytest.raises(ValueError, match=r"logger=False; accepted: Trainer\(logger="):
+        fit(Regression(), callbacks=[OptimizerStateMonitor()])
+
+
+def test_validation_needs_no_logger():
+    class Validated(Regression):
+        def validation_step(self, batch, batch_idx):
+            pass
+
+        def val_dataloader(self):
+            return self.train_dataloader()
+
+    trainer(callbacks=[OptimizerStateMonitor()]).validate(Validated(), verbose=False)
+
+
+def test_fast_dev_run_works(tmp_path):
+    run = fit(Regression(), tmp_path, fast_dev_run=2, callbacks=[OptimizerStateMonitor()])
+    assert run.global_step == 2
+
+
+def test_log_every_n_steps_0_records_nothing(tmp_path):
+    fit(Regression(), tmp_path, log_every_n_steps=0, callbacks=[OptimizerStateMonitor()])
+    assert not any(tag.startswith("optimizer_state") for tag in scalars(tmp_path))
+
+
+def test_other_loggers_get_the_scalars(tmp_path):
+    run = fit(Regression(), logger=CSVLogger(tmp_path), max_steps=2, callbacks=[OptimizerStateMonitor()])
+    assert "optimizer_state/update_rms/head.bias" in run.logger.experiment.metrics_keys
+
+
+class Kept:
+    """Instead of what a logger does with metrics: keeps them."""
+
+    def __init__(self):
+        self.metrics = {}
+
+    def log_metrics(self, metrics, step=None):
+        self.metrics.update(metrics)
+
+
+class KeptByMLFlow(Kept, MLFlowLogger):
+    pass
+
+
+class KeptByWandb(Kept, WandbLogger):
+    pass
+
+
+SCALARS = {"underflow_fraction/exp_avg/fp8-raw:static_scale=1024,min_numel=0/layer.weight": 0.5}
+
+
+def test_mlflow_gets_names_that_it_accepts():
+    logger = KeptByMLFlow()
+    log_records([logger], "optimizer_state", SCALARS, {}, 3)
+    name = "optimizer_state/underflow_fraction/exp_avg/fp8-raw_static_scale_1024_min_numel_0/layer.weight"
+    assert logger.metrics == {name: 0.5}
+
+
+def test_wandb_gets_histograms():
+    pytest.importorskip("wandb")
+    logger = KeptByWandb()
+    counts = log10_histogram(torch.tensor([1.0, 1.0, 1e-3])).tolist()
+    log_records([logger], "optimizer_state", SCALARS, {"log10_abs/exp_avg": counts}, 3)
+    histogram = logger.metrics.pop("optimizer_state/log10_abs/exp_avg")
+    assert sum(histogram.histogram) == 3
+    assert len(histogram.bins) == len(counts) + 1
+    assert list(logger.metrics.values()) == [0.5]
+
+
+@pytest.mark.parametrize("strategy", [FSDPStrategy, DeepSpeedStrategy])
+def test_strategies_that_hide_their_shards_are_refused(strategy):
+    trainer = SimpleNamespace(loggers=["a logger"], strategy=object.__new__(strategy))
+    with pytest.raises(ValueError, match=rf"cannot read the shards of {strategy.__name__}; accepted: ModelParallel"):
+        OptimizerStateMonitor().setup(trainer, None, "fit")
+
+
+@pytest.mark.parametrize(("depth", "expected"), [(1, {"first", "head"}), (2, set(LAYERS)), (None, set(LAYERS))])
+def test_layers_are_taken_together_by_depth(tmp_path, depth, expected):
+    fit(Regression(), tmp_path, max_steps=1, callbacks=[OptimizerStateMonitor(depth=depth)])
+    prefix = "optimizer_state/zero_fraction/exp_inf/"
+    assert {tag.removeprefix(prefix) for tag in scalars(tmp_path) if tag.startswith(prefix)} == expected
+
+
+def test_without_quantiles_none_are_logged(tmp_path):
+    fit(Regression(), tmp_path, max_steps=1, callbacks=[OptimizerStateMonitor(quantiles=[])])
+    assert not any("quantile" in tag for tag in scalars(tmp_path))
+
+
+class FrozenHead(Regression):
+    def __init__(self):
+        super().__init__()
+        self.head.requires_grad_(False)
+
+
+def test_parameters_without_a_gradient_are_passed_over(tmp_path):
+    fit(FrozenHead(), tmp_path, max_steps=1, callbacks=[OptimizerStateMonitor()])
+    found = {tag.rpartition("/")[2] for tag in scalars(tmp_path) if tag.startswith("optimizer_state/update_rms/")}
+    assert found == {"first.weight", "first.bias"}
+
+
+class NoLr(torch.optim.Optimizer):
+    """A parameter-free optimizer: its param groups have no lr."""
+
+    def __init__(self, params):
+        super().__init__(params, {})
+
+    def step(self, closure=None):
+        with torch.enable_grad():
+            closure()
+        for param in self.param_groups[0]["params"]:
+            self.state[param]["trend"] = param.grad.clone()
+
+
+class ParameterFree(Regression):
+    def configure_optimizers(self):
+        return NoLr(self.parameters())
+
+
+def test_an_optimizer_without_lr_has_no_update_rms(tmp_path):
+    fit(ParameterFree(), tmp_path, max_steps=1, callbacks=[OptimizerStateMonitor()])
+    found = scalars(tmp_path)
+    assert "optimizer_state/rms/trend" in found
+    assert "optimizer_state/update_rms" not in found
+
+
+class Embedded(Regression):
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Embedding(6, 8, sparse=True)
+
+    def loss(self, batch):
+        return self.first(batch[0].abs().long().clamp(max=5)).square().mean()
+
+    def configure_optimizers(self):
+        return torch.optim.SparseAdam(self.first.parameters())
+
+
+def test_sparse_gradients_are_monitored(tmp_path):
+    fit(Embedded(), tmp_path, max_steps=1, callbacks=[OptimizerStateMonitor()])
+    assert scalars(tmp_path)["optimizer_state/zero_fraction/exp_avg_sq"][0] > 0
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"every_n_steps": 0}, ValueError, r"every_n_steps=0 must be at least 1"),
+        ({"every_n_steps": -3}, ValueError, r"every_n_steps=-3 must be at least 1"),
+        ({"every_n_steps": 1.5}, TypeError, r"every_n_steps=1\.5 must be an int"),
+        ({"every_n_steps": True}, TypeError, r"every_n_steps=True must be an int"),
+        ({"forecast": "fp8"}, TypeError, r"forecast='fp8' must be a list of strings"),
+        ({"forecast": None}, TypeError, r"forecast=None must be a list of strings"),
+        ({"forecast": ["fp9"]}, ValueError, r"'fp9' is unknown; accepted"),
+        ({"layers": "*.bias"}, TypeError, r"layers='\*\.bias' must be a list of strings"),
+        ({"layers": 3}, TypeError, r"layers=3 must be a list of strings"),
+        ({"depth": 0}, ValueError, r"depth=0 must be at least 1, or None"),
+        ({"depth": True}, TypeError, r"depth=True must be an int or None"),
+        ({"depth": 1.5}, TypeError, r"depth=1\.5 must be an int or None"),
+        ({"quantiles": 0.5}, TypeError, r"quantiles=0\.5 must be a list of numbers"),
+        ({"quantiles": ["a"]}, TypeError, r"quantiles=\['a'\] must be a list of numbers"),
+        ({"quantiles": [1.5]}, ValueError, r"quantiles=\[1\.5\]: each must be in \[0, 1\]"),
+    ],
+)
+def test_bad_arguments_are_refused_in_the_user_s_words(options, error, message):
+    with pytest.raises(error, match=message):
+        OptimizerStateMonitor(**options)
