@@ -3,6 +3,7 @@
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -292,33 +293,27 @@ def parameters_of(optimizer: Optimizer) -> Iterable[tuple[Tensor, Mapping[str, A
 def zero_fractions(optimizer: Optimizer, states: Iterable[str] | None = None) -> dict[str, tuple[float, bool]]:
     """Return the share of zeros over all layers, and whether all values are finite, by state; one host transfer.
 
+    Of sharded parameters every rank has to call it, and gets the shares of the whole.
+
     Args:
         optimizer: any torch optimizer.
         states: names of states. None: what each parameter's update is divided by or, where there is no such state,
             the state that gives the update its direction.
     """
     wanted = None if states is None else set(states)
-    zeros: dict[str, list[Tensor]] = defaultdict(list)
-    largest: dict[str, list[Tensor]] = defaultdict(list)
-    sizes: dict[str, int] = defaultdict(int)
-    for param, group in parameters_of(optimizer):
+    snapshot = Snapshot()
+    for index, (param, group) in enumerate(parameters_of(optimizer)):
         moments = read_moments(optimizer, param, group)
-        names = wanted if wanted is not None else moments.decisive_names
-        for name in moments.states.keys() & names:
-            value = moments.states[name]
-            if value.numel() == 0:
-                continue
-            statistics = state_statistics(value)
-            zeros[name].append(statistics.zeros)
-            largest[name].append(statistics.abs_max)
-            sizes[name] += value.numel()
-    host = _transfer([number for name in sizes for number in (*zeros[name], *largest[name])])
-    fractions = {}
-    for name, size in sizes.items():
-        count = sum(next(host)[0] for _ in zeros[name])
-        finite = all([math.isfinite(next(host)[0]) for _ in largest[name]])
-        fractions[name] = (count / size, finite)
-    return fractions
+        names = moments.decisive_names if wanted is None else wanted
+        chosen = {name: value for name, value in moments.states.items() if name in names}
+        snapshot.add_states(str(index), replace(moments, states=chosen, numerator=None, denominator=None))
+    scalars, _ = snapshot.records(per_layer=False)
+    kind = "zero_fraction/"
+    return {
+        (name := tag.removeprefix(kind)): (fraction, math.isfinite(scalars[f"abs_max/{name}"]))
+        for tag, fraction in scalars.items()
+        if tag.startswith(kind)
+    }
 
 
 def _combine(kind: str, numbers: Iterable[tuple[float, float]]) -> float:
