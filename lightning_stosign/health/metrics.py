@@ -1,7 +1,7 @@
 """Statistics of optimizer states as torchmetrics: accumulated over tensors, right under DDP and FSDP2.
 
-A DTensor is taken as it is sharded: each rank counts the values it holds, and ``compute`` combines the ranks, so that
-every rank has the exact value for the whole. A plain tensor is taken to be the same on all ranks, as the states of
+A DTensor is taken as it is sharded: each rank looks at the values it holds, and ``update``, a collective then, adds what
+the ranks have found, so that every rank has the exact value for the whole. A plain tensor is taken to be the same on all ranks, as the states of
 data-parallel replicas are, and counts once; with ``replicated=False`` it is a part that only this rank has.
 """
 
@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed import ReduceOp, all_reduce
+from torch.distributed.tensor import DTensor
 from torchmetrics import Metric
 
 from lightning_stosign.health.forecast import Format, check_format, forecast_rounds, run_rounds
@@ -46,16 +47,12 @@ class _Sums(Metric):
         self.replicated = replicated
         self.add_state("sums", default=torch.zeros(2, size, dtype=torch.float64), dist_reduce_fx=_over_ranks)
 
-    def _add(self, value: Tensor, *sums: Tensor) -> None:
-        """Add what was found in this rank's part of ``value``."""
-        row = 0 if self.replicated else 1
-        if isinstance(value, DTensor):
-            sharded = [not isinstance(placement, Replicate) for placement in value.placements]
-            coordinate: Sequence[int] = value.device_mesh.get_coordinate() or ()
-            if any(sharded) and any(c > 0 for c, s in zip(coordinate, sharded, strict=True) if not s):
-                return  # another rank has the same part
-            row = 1 if localize(value)[1].group is not None else 0
-        self.sums[row] += torch.stack([total.to(self.sums).reshape(-1) for total in sums]).flatten()
+    def _add(self, value: Tensor, layout: Layout, *sums: Tensor) -> None:
+        """Add what was found in this rank's part of ``value``; of a DTensor what all its shards have together."""
+        found = torch.stack([total.to(self.sums).reshape(-1) for total in sums]).flatten()
+        if layout.group is not None:
+            all_reduce(found, ReduceOp.SUM, layout.group)
+        self.sums[0 if self.replicated or isinstance(value, DTensor) else 1] += found
 
     def _total(self) -> Tensor:
         return self.sums.sum(dim=0)
@@ -87,9 +84,9 @@ class ZeroFraction(_Sums):
 
     def update(self, value: Tensor) -> None:
         """Add a state: floating point, any shape."""
-        local, _ = _local(value)
+        local, layout = _local(value)
         size = local.new_tensor(local.numel(), dtype=torch.float64)
-        self._add(value, size - count(local), size)
+        self._add(value, layout, size - count(local), size)
 
     def compute(self) -> Tensor:
         """Return the share, a 0-dimensional tensor; NaN of no values."""
@@ -125,8 +122,8 @@ class RootMeanSquare(_Sums):
 
     def update(self, value: Tensor) -> None:
         """Add a state: floating point, any shape."""
-        local, _ = _local(value)
-        self._add(value, square_sum(local), local.new_tensor(local.numel(), dtype=torch.float64))
+        local, layout = _local(value)
+        self._add(value, layout, square_sum(local), local.new_tensor(local.numel(), dtype=torch.float64))
 
     def compute(self) -> Tensor:
         """Return the root mean square, a 0-dimensional tensor; NaN of no values."""
@@ -172,8 +169,7 @@ class UnderflowFraction(_Sums):
     .. math::
         \frac{\#\{i : x_i \ne 0, Q(x_i) = 0\}}{\#\{i : x_i \ne 0\}}
 
-    with :math:`Q` the rounding of the format, its scales included: exactly what storing the tensor would lose. Under
-    FSDP2 ``update`` is a collective: a scale is of the whole tensor.
+    with :math:`Q` the rounding of the format, its scales included: exactly what storing the tensor would lose.
 
     Args:
         format: a :class:`~lightning_stosign.StatePrecision` or its name, or ``"fp4-block"``.
@@ -206,7 +202,7 @@ class UnderflowFraction(_Sums):
         """
         local, layout = _local(value)
         rounds = forecast_rounds(local.reshape(-1), layout, self.format, degree)
-        self._add(value, *run_rounds([rounds], layout.group)[0].underflow)
+        self._add(value, layout, *run_rounds([rounds], layout.group)[0].underflow)
 
     def compute(self) -> Tensor:
         """Return the share, a 0-dimensional tensor; 0 where all values are 0."""
@@ -253,7 +249,7 @@ class StalledFraction(_Sums):
         rounds = forecast_rounds(local.reshape(-1), layout, self.format, degree, lambda part: flat_change[part])
         stalled = run_rounds([rounds], layout.group)[0].stalled
         assert stalled is not None
-        self._add(value, *stalled)
+        self._add(value, layout, *stalled)
 
     def compute(self) -> Tensor:
         """Return the share, a 0-dimensional tensor; 0 where nothing changes."""
@@ -269,9 +265,9 @@ class _CoordinateFraction(_Sums):
 
     def update(self, numerator: Tensor, denominator: Tensor) -> None:
         """Add a parameter's numerator (e.g. ``exp_avg``) and denominator (e.g. ``exp_avg_sq``), of one shape."""
-        top, bottom = _local(numerator)[0], _local(denominator)[0]
+        (top, layout), (bottom, _) = _local(numerator), _local(denominator)
         size = top.new_tensor(top.numel(), dtype=torch.float64)
-        self._add(numerator, *coordinate_health(top, bottom), size)
+        self._add(numerator, layout, *coordinate_health(top, bottom), size)
 
 
 class DeadFraction(_CoordinateFraction):
@@ -338,7 +334,8 @@ class LogMagnitudeHistogram(_Sums):
 
     def update(self, value: Tensor) -> None:
         """Add a state: floating point, any shape."""
-        self._add(value, magnitude_counts(_local(value)[0]))
+        local, layout = _local(value)
+        self._add(value, layout, magnitude_counts(local))
 
     def compute(self) -> Tensor:
         """Return the counts, float64, one fewer than there are edges."""
@@ -375,7 +372,8 @@ class LogMagnitudeQuantile(_Sums):
 
     def update(self, value: Tensor) -> None:
         """Add a state: floating point, any shape."""
-        self._add(value, magnitude_counts(_local(value)[0]))
+        local, layout = _local(value)
+        self._add(value, layout, magnitude_counts(local))
 
     def compute(self) -> Tensor:
         """Return the quantiles, float64, in order; NaN where all values are 0."""

@@ -90,7 +90,11 @@ def run(folder, strategy):
         max_steps=3,
         accelerator="cpu",
         devices=1 if strategy == "single" else 2,
-        strategy={"single": "auto", "ddp": "ddp", "fsdp2": ModelParallelStrategy()}[strategy],
+        strategy={
+            "single": "auto",
+            "ddp": "ddp",
+            "fsdp2": ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1),
+        }[strategy],
         use_distributed_sampler=False,
         logger=CSVLogger(folder, name="", version=""),
         callbacks=[monitor],
@@ -99,6 +103,8 @@ def run(folder, strategy):
         enable_model_summary=False,
     )
     trainer.fit(Net())
+    if strategy == "fsdp2":
+        assert trainer.model.layers[0].weight.to_local().shape[0] < 101
     computed = Metrics().compute(trainer.optimizers[0])
     Path(folder, f"rank{trainer.global_rank}.json").write_text(json.dumps(computed))
     if strategy != "single":
