@@ -1,8 +1,9 @@
 """Statistics of optimizer states as torchmetrics: accumulated over tensors, right under DDP and FSDP2.
 
-A DTensor is taken as it is sharded: each rank looks at the values it holds, and ``update``, a collective then, adds what
-the ranks have found, so that every rank has the exact value for the whole. A plain tensor is taken to be the same on all ranks, as the states of
-data-parallel replicas are, and counts once; with ``replicated=False`` it is a part that only this rank has.
+A DTensor is taken as it is sharded: each rank looks at the values it holds, and ``update``, a collective then, adds
+what the ranks have found, so that every rank has the exact value for the whole. A plain tensor is taken to be the same
+on all ranks, as the states of data-parallel replicas are, and counts once; with ``replicated=False`` it is a part that
+only this rank has.
 """
 
 from collections.abc import Sequence
