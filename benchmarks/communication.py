@@ -3,6 +3,7 @@
 python benchmarks/communication.py traffic             # bytes a step, counted by the kernel, for 2, 4 and 8 workers
 python benchmarks/communication.py steps               # step time at 10 Mbit/s, 100 Mbit/s and 1 Gbit/s
 python benchmarks/communication.py loss                # loss against time and bytes, the GPT example on real text
+python benchmarks/communication.py quality             # loss after 200 steps with 4 workers, whatever they take
 
 Each worker is a host of its own: a network namespace whose card `tc` limits to the link's rate. Needs Linux, root and
 iproute2, and says so where they are missing. Prints one table.
@@ -35,7 +36,7 @@ from gpt import GPT, SIZES  # noqa: E402
 from text_data import BYTES, TextDataModule, inputs_and_targets  # noqa: E402
 
 from lightning_stosign import StoSignSGD  # noqa: E402
-from lightning_stosign.strategies.exchange import Aggregation, SignExchange, sign_hook  # noqa: E402
+from lightning_stosign.strategies.exchange import BUCKET_CAP_MB, Aggregation, SignExchange, sign_hook  # noqa: E402
 from lightning_stosign.strategies.launch import ThreadLauncher  # noqa: E402
 from lightning_stosign.strategies.wire import Wire  # noqa: E402
 
@@ -109,7 +110,8 @@ class Run:
 
     def __init__(self, method: str, size: Size, batch_size: int, context: int, lr: float = 2e-3) -> None:
         torch.manual_seed(0)
-        self.model = DistributedDataParallel(GPT(BYTES, CONTEXT, *SIZES[size]))
+        bucket_cap_mb = BUCKET_CAP_MB if method.startswith("sign") else None  # SignDDPStrategy's and DDP's default
+        self.model = DistributedDataParallel(GPT(BYTES, CONTEXT, *SIZES[size]), bucket_cap_mb=bucket_cap_mb)
         METHODS[method](self.model)
         self.optimizer = StoSignSGD(self.model.parameters(), lr=lr)
         data = TextDataModule(context=context)
@@ -139,10 +141,10 @@ class Run:
         return F.cross_entropy(self.model.module(tokens).flatten(0, 1), targets.flatten()).item()
 
 
-def measure_traffic(size: Size, steps: int) -> dict[str, float]:
+def measure_traffic(methods: list[str], size: Size, steps: int) -> dict[str, float]:
     """Return each method's bytes a step that left this worker's card."""
     sent = {}
-    for method in METHODS:
+    for method in methods:
         run = Run(method, size, batch_size=1, context=8)
         for _ in range(WARMUP + 1):
             run.step()
@@ -154,10 +156,12 @@ def measure_traffic(size: Size, steps: int) -> dict[str, float]:
     return sent
 
 
-def measure_steps(size: Size, steps: int, rates: list[float], batch_size: int) -> dict[str, list[float]]:
+def measure_steps(
+    methods: list[str], size: Size, steps: int, rates: list[float], batch_size: int
+) -> dict[str, list[float]]:
     """Return each method's median seconds a step: without communication, then at each rate."""
     medians = {}
-    for method in METHODS:
+    for method in methods:
         run = Run(method, size, batch_size, CONTEXT)
         for _ in range(WARMUP + 1):
             run.step()
@@ -171,10 +175,12 @@ def measure_steps(size: Size, steps: int, rates: list[float], batch_size: int) -
     return medians
 
 
-def measure_loss(size: Size, seconds: float, rate: float, batch_size: int) -> dict[str, list[tuple[float, int, float]]]:
+def measure_loss(
+    methods: list[str], size: Size, seconds: float, rate: float, batch_size: int
+) -> dict[str, list[tuple[float, int, float]]]:
     """Return each method's (seconds, bytes sent, validation loss) until its time is over; evaluation does not count."""
     curves = {}
-    for method in METHODS:
+    for method in methods:
         run = Run(method, size, batch_size, CONTEXT)
         curve: list[tuple[float, int, float]] = []
         dist.barrier()
@@ -193,7 +199,27 @@ def measure_loss(size: Size, seconds: float, rate: float, batch_size: int) -> di
     return curves
 
 
-MEASURES: dict[str, Callable[..., Any]] = {"traffic": measure_traffic, "steps": measure_steps, "loss": measure_loss}
+def measure_quality(
+    methods: list[str], size: Size, steps: int, batch_size: int, lrs: list[float]
+) -> dict[str, list[float]]:
+    """Return each method's validation loss after so many steps, at each learning rate."""
+    losses: dict[str, list[float]] = {}
+    for method in methods:
+        for lr in lrs:
+            run = Run(method, size, batch_size, CONTEXT, lr)
+            for step in range(steps):
+                run.optimizer.param_groups[0]["lr"] = lr * min((step + 1) / 20, 1 - 0.9 * step / steps)
+                run.step()
+            losses.setdefault(method, []).append(run.validation_loss(windows=128))
+    return losses
+
+
+MEASURES: dict[str, Callable[..., Any]] = {
+    "traffic": measure_traffic,
+    "steps": measure_steps,
+    "loss": measure_loss,
+    "quality": measure_quality,
+}
 
 
 def worker(measure: str, options: str) -> None:
@@ -212,55 +238,79 @@ def measured(measure: str, workers: int, timeout: float, **options: Any) -> list
         return run_on(names, [sys.executable, __file__, "worker", measure, json.dumps(options)], timeout)
 
 
-def traffic(size: Size = "10m", workers: list[int] = [2, 4, 8], steps: int = 5) -> None:  # noqa: B006
+def traffic(
+    methods: list[str] = list(METHODS),  # noqa: B006
+    size: Size = "10m",
+    workers: list[int] = [2, 4, 8],  # noqa: B006
+    steps: int = 5,
+) -> None:
     """Print the bytes a step that leave a worker's card, headers and acknowledgements included.
 
     Args:
+        methods: which to compare.
         size: of the GPT.
         workers: numbers of workers.
         steps: steps to average over.
     """
+    if BASELINE not in methods:
+        raise ValueError(f"methods={methods} must name {BASELINE!r}, which the others are compared with")
     sent = []
     for number in workers:
-        of_workers = measured("traffic", number, timeout=600, size=size, steps=steps)
-        sent.append({method: statistics.mean(result[method] for result in of_workers) for method in METHODS})
+        of_workers = measured("traffic", number, timeout=600, methods=methods, size=size, steps=steps)
+        sent.append({method: statistics.mean(result[method] for result in of_workers) for method in methods})
     print(f"GPT of size {size}: kB a step and worker, and DDP float32's over it")
     print(f"{'method':22}" + "".join(f"{f'{number} workers':>20}" for number in workers))
-    for method in METHODS:
+    for method in methods:
         cells = (f"{of[method] / 1e3:10.0f} ({of[BASELINE] / of[method]:5.1f}x)" for of in sent)
         print(f"{method:22}" + "".join(f"{cell:>20}" for cell in cells))
 
 
-def steps(size: Size = "10m", steps: int = 3, rates: list[float] = [10, 100, 1000], batch_size: int = 4) -> None:  # noqa: B006
+def steps(
+    methods: list[str] = list(METHODS),  # noqa: B006
+    size: Size = "10m",
+    steps: int = 3,
+    rates: list[float] = [10, 100, 1000],  # noqa: B006
+    batch_size: int = 4,
+) -> None:
     """Print the time of a step on two hosts, and the part of it that communication adds.
 
     Args:
+        methods: which to compare.
         size: of the GPT.
         steps: steps to take the median of.
         rates: the link's rate in Mbit/s.
         batch_size: windows of 128 tokens a worker.
     """
-    first, second = measured("steps", 2, 3600, size=size, steps=steps, rates=rates, batch_size=batch_size)
+    first, second = measured(
+        "steps", 2, 3600, methods=methods, size=size, steps=steps, rates=rates, batch_size=batch_size
+    )
     print(
         f"GPT of size {size}, two hosts, {batch_size} x {CONTEXT} tokens each: seconds a step (exposed communication)"
     )
     print(f"{'method':22}{'alone':>8}" + "".join(f"{f'{rate:g} Mbit/s':>20}" for rate in rates))
-    for method in METHODS:
+    for method in methods:
         alone, *times = map(statistics.mean, zip(first[method], second[method], strict=True))
         cells = (f"{seconds:.2f} ({seconds - alone:.3f})" for seconds in times)
         print(f"{method:22}{alone:8.2f}" + "".join(f"{cell:>20}" for cell in cells))
 
 
-def loss(size: Size = "10m", seconds: float = 90.0, rate: float = 100.0, batch_size: int = 4) -> None:
+def loss(
+    methods: list[str] = list(METHODS),  # noqa: B006
+    size: Size = "10m",
+    seconds: float = 90.0,
+    rate: float = 100.0,
+    batch_size: int = 4,
+) -> None:
     """Print validation loss (nats a byte) as time passes, on two hosts, with StoSignSGD at one learning rate.
 
     Args:
+        methods: which to compare.
         size: of the GPT.
         seconds: how long each method trains.
         rate: the link's rate in Mbit/s.
         batch_size: windows of 128 tokens a worker.
     """
-    curves, _ = measured("loss", 2, 3600, size=size, seconds=seconds, rate=rate, batch_size=batch_size)
+    curves, _ = measured("loss", 2, 3600, methods=methods, size=size, seconds=seconds, rate=rate, batch_size=batch_size)
     marks = [seconds * part / 5 for part in range(1, 6)]
     print(f"GPT of size {size}, two hosts at {rate:g} Mbit/s: validation loss after so many seconds; MB sent in all")
     print(f"{'method':22}" + "".join(f"{f'{mark:.0f} s':>8}" for mark in marks) + f"{'MB':>10}")
@@ -271,8 +321,35 @@ def loss(size: Size = "10m", seconds: float = 90.0, rate: float = 100.0, batch_s
         print(f"{method:22}" + "".join(f"{value:>8}" for value in values) + f"{curve[-1][1] / 1e6:10.1f}")
 
 
+def quality(
+    methods: list[str] = list(METHODS),  # noqa: B006
+    size: Size = "1m",
+    workers: int = 4,
+    steps: int = 200,
+    batch_size: int = 4,
+    lrs: list[float] = [1e-3, 2e-3, 4e-3],  # noqa: B006
+) -> None:
+    """Print validation loss (nats a byte) after so many steps of StoSignSGD, by method and peak learning rate.
+
+    Args:
+        methods: which to compare.
+        size: of the GPT.
+        workers: number of workers.
+        steps: with linear warm-up over the first 20, then linear decay to a tenth.
+        batch_size: windows of 128 tokens a worker.
+        lrs: peak learning rates.
+    """
+    losses = measured(
+        "quality", workers, 3600, methods=methods, size=size, steps=steps, batch_size=batch_size, lrs=lrs
+    )[0]
+    print(f"GPT of size {size}, {workers} workers, {batch_size} x {CONTEXT} tokens each: loss after {steps} steps")
+    print(f"{'method':22}" + "".join(f"{f'lr {lr:g}':>12}" for lr in lrs))
+    for method, values in losses.items():
+        print(f"{method:22}" + "".join(f"{value:12.3f}" for value in values))
+
+
 if __name__ == "__main__":
     try:
-        auto_cli({"traffic": traffic, "steps": steps, "loss": loss, "worker": worker})
+        auto_cli({"traffic": traffic, "steps": steps, "loss": loss, "quality": quality, "worker": worker})
     except NotPossibleError as reason:
         print(f"skipped: {reason}")

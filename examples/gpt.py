@@ -13,7 +13,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from lightning_stosign import StoSignConfig, StoSignMixin
 
@@ -153,6 +155,16 @@ class GPTModule(StoSignMixin, LightningModule):
             ours, theirs = getattr(self, name), getattr(self.trainer.datamodule, name, None)  # type: ignore[attr-defined]
             if theirs is not None and theirs > ours:
                 raise ValueError(f"the data's {name}={theirs} does not fit the model's {name}={ours}")
+
+    def configure_model(self) -> None:
+        # FSDP2, block by block: each process holds its part of every parameter, and of the optimizer's states.
+        if self._trainer is None or isinstance(self.model, FSDPModule):
+            return
+        if isinstance(self.trainer.strategy, ModelParallelStrategy):
+            assert self.device_mesh is not None
+            self.trainer.precision_plugin.convert_module(self)
+            for part in (*self.model.blocks, self.model):
+                fully_shard(part, mesh=self.device_mesh["data_parallel"])
 
     def forward(self, tokens: Tensor) -> Tensor:
         return self.model(tokens)
