@@ -1,5 +1,6 @@
 """TensorBoard's own pages, in a real browser, with the figures and panels of two runs."""
 
+import json
 import subprocess
 import sys
 import time
@@ -28,6 +29,15 @@ TEXT = f"{EVERYTHING}.flatMap(e => Array.from(e.childNodes)).filter(n => n.nodeT
 LOADED_IMAGES = f"{EVERYTHING}.filter(e => e.tagName === 'IMG' && e.complete && e.naturalWidth > 300).length"
 
 
+def _has_read(url):
+    """Whether the server answers and has found the figures of both runs."""
+    try:
+        with urllib.request.urlopen(f"{url}/data/plugin/images/tags") as answer:
+            return sum("optimizer_state/magnitudes" in tags for tags in json.load(answer).values()) == 2
+    except OSError:
+        return False
+
+
 @pytest.fixture(scope="module")
 def tensorboard(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
@@ -42,14 +52,8 @@ def tensorboard(tmp_path_factory):
     )
     url = f"http://localhost:{port}"
     end = time.monotonic() + 120
-    while True:
-        try:
-            # all of both runs has been read once the images are there
-            with urllib.request.urlopen(f"{url}/data/plugin/images/tags") as answer:
-                if answer.read().count(b"magnitudes") == 2:
-                    break
-        except OSError:
-            assert server.poll() is None and time.monotonic() < end
+    while not _has_read(url):
+        assert server.poll() is None and time.monotonic() < end
         time.sleep(0.5)
     yield url
     server.terminate()
