@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from torch import Tensor
@@ -47,8 +46,7 @@ class Sickness(NamedTuple):
         return f"{self.share:.1%} {what}{where} (limit {self.limit:.1%})"
 
 
-@dataclass(frozen=True)
-class Look:
+class Look(NamedTuple):
     """The statistics of an optimizer's states after a step.
 
     Attributes:
@@ -58,10 +56,10 @@ class Look:
         numbers: the records of :class:`Snapshot`, by tag and by tag and layer.
     """
 
-    params: dict[str, Tensor] = field(default_factory=dict)
-    states: dict[str, None] = field(default_factory=dict)  # a set that keeps the order
-    watched: dict[str, None] = field(default_factory=dict)
-    numbers: Mapping[str, float] = field(default_factory=dict)
+    params: Mapping[str, Tensor]
+    states: Sequence[str]
+    watched: Sequence[str]
+    numbers: Mapping[str, float]
 
     def number(self, tag: str, layer: str | None) -> float | None:
         """Return a record, or None where the layer has none."""
@@ -97,16 +95,20 @@ def look_at(optimizer: Optimizer, names: Mapping[Tensor, str], states: Sequence[
         names: the names of the model's parameters; others are named by their number in the optimizer.
         states: the names of the states to watch; None: each parameter's decisive ones.
     """
-    look, snapshot = Look(), Snapshot()
+    params: dict[str, Tensor] = {}
+    # Dictionaries as sets that keep the order, the same on every rank.
+    seen: dict[str, None] = {}
+    watched: dict[str, None] = {}
+    snapshot = Snapshot()
     for number, (param, group) in enumerate(parameters_of(optimizer)):
         moments = read_moments(optimizer, param, group)
         if not moments.states:
             continue
         name = names.get(param, f"parameter {number}")
-        look.params[name] = param
-        look.states.update(dict.fromkeys(moments.states))
-        watched = moments.decisive_names if states is None else moments.states.keys() & set(states)
-        look.watched.update(dict.fromkeys(sorted(watched)))
+        params[name] = param
+        seen.update(dict.fromkeys(moments.states))
+        chosen = moments.decisive_names if states is None else moments.states.keys() & set(states)
+        watched.update(dict.fromkeys(sorted(chosen)))
         snapshot.add_states(name, moments)
     numbers, _ = snapshot.records(per_layer=True)
-    return Look(look.params, look.states, look.watched, numbers)
+    return Look(params, tuple(seen), tuple(watched), numbers)

@@ -25,8 +25,9 @@ def table(optimizer: Optimizer, look: Look, since: Mapping[str, int]) -> str:
         look: what has been seen of its states.
         since: the step of the first look at which a layer was sick, for each sick layer, the worst ones first.
     """
+    shown = list(since)[:MOST_ROWS]
     gradients = Snapshot()
-    for layer in since:
+    for layer in shown:
         grad = look.params[layer].grad
         if grad is not None:
             gradients.add_gradient(layer, grad)
@@ -35,9 +36,9 @@ def table(optimizer: Optimizer, look: Look, since: Mapping[str, int]) -> str:
     titles += [f"zeros of {state}" for state in look.states] + ["max abs g", "max g*g"]
     titles += [f"smallest {state}" for state in look.watched]
     rows = []
-    for layer, step in list(since.items())[:MOST_ROWS]:
+    for layer in shown:
         precision = _storage(optimizer, look.params[layer])
-        row = [layer, str(step), "-" if precision is None else str(precision)]
+        row = [layer, str(since[layer]), "-" if precision is None else str(precision)]
         row += [_percent(look.number(f"zero_fraction/{state}", layer)) for state in look.states]
         row += [_number(numbers.get(f"{tag}/{layer}")) for tag in ("grad_abs_max", "grad_square_max")]
         for state in look.watched:
@@ -48,7 +49,9 @@ def table(optimizer: Optimizer, look: Look, since: Mapping[str, int]) -> str:
                 row.append(_number(smallest_number(precision, state_degree(state), largest)))
         rows.append(row)
     text = "\n".join(_markdown([titles, ["---"] * len(titles), *rows]))
-    return text if len(since) <= MOST_ROWS else f"{text}\n\n... and {len(since) - MOST_ROWS} more layers"
+    if len(since) > len(shown):
+        text += f"\n\n... and {len(since) - len(shown)} more layers"
+    return f"{text}\n\nRounded to nearest, a value below half of the smallest number that its storage holds becomes 0."
 
 
 def smallest_number(precision: StatePrecision, degree: int, largest: float) -> float:

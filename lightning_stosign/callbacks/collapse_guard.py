@@ -299,11 +299,13 @@ class StateCollapseGuard(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore it. A run that is resumed with another action takes that one for what has collapsed already."""
+        # With defaults for what checkpoints of version 0.1.0 lack.
         self.collapsed_at = dict(state_dict["collapsed_at"])
-        self.promotions = [dict(promotion) for promotion in state_dict["promotions"]]
-        self.report = state_dict["report"]
-        self._sick = {key: (since, looks) for key, (since, looks) in state_dict["sick"].items()}
-        self._done = set(state_dict["done"]) if state_dict["action"] == self.action else set()
+        self.promotions = [dict(promotion) for promotion in state_dict.get("promotions", [])]
+        self.report = state_dict.get("report")
+        self._sick = {key: (since, looks) for key, (since, looks) in state_dict.get("sick", {}).items()}
+        same_action = state_dict.get("action", self.action) == self.action
+        self._done = set(state_dict.get("done", self.collapsed_at)) if same_action else set()
 
     def teardown(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
         """Let go of the optimizers."""

@@ -222,6 +222,13 @@ def test_a_resumed_run_does_not_act_again(tmp_path):
     assert guard.report == before.report
 
 
+def test_a_checkpoint_of_the_first_version_loads():
+    guard = StateCollapseGuard(patience=1)
+    guard.load_state_dict({"collapsed_at": {"exp_avg_sq": 1}, "looks_above": {"exp_avg_sq": 2}})
+    assert (guard.collapsed_at, guard.promotions, guard.report) == ({"exp_avg_sq": 1}, [], None)
+    assert guard.state_dict()["done"] == ["exp_avg_sq"]
+
+
 def test_a_run_that_is_resumed_with_another_action_takes_it(tmp_path):
     run([DYING], StateCollapseGuard(patience=1))[0].save_checkpoint(tmp_path / "1.ckpt")
     guard = StateCollapseGuard(patience=1, action="stop")
