@@ -275,7 +275,7 @@ class ALIAS(StrictOptimizer):
     ) -> None:
         beta1, beta2, step = group["momentum"], group["beta2"], self.param_groups[0]["estimates"]["step"]
         self._init_state(state, param, group)
-        # On the CPU, where reading it costs no synchronisation.
+        # The optimizer's step that moved the parameter last. On the CPU, where reading it costs no synchronisation.
         state["step"] = torch.tensor(step, dtype=torch.int64)
         if not group["same_batch"]:
             local(state["prev_grad"]).copy_(grad)

@@ -124,7 +124,9 @@ def test_step_changes_neither_gradients_nor_options(build):
     options = {name: copy.copy(value) for name, value in optimizer.param_groups[0].items()}
     optimizer.step()
     assert all(torch.equal(param.grad, grad) for param, grad in zip(model.parameters(), grads, strict=True))
-    assert optimizer.param_groups[0] == options
+    found = {"step_size", "estimates"}  # what ALIAS keeps for the whole optimizer
+    assert all(value == options[name] for name, value in optimizer.param_groups[0].items() if name not in found)
+    assert optimizer.param_groups[0].keys() == options.keys()
 
 
 @each_case

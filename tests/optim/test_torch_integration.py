@@ -222,6 +222,8 @@ def test_memory_format_does_not_change_the_update(build, of_param, of_grad):
 
 @each_case
 def test_parameters_left_out_of_some_steps_keep_their_own_count(build):
+    if build.func is ALIAS:
+        pytest.skip("its `step` is the optimizer's step that moved the parameter last")
     a, b = nn.Parameter(torch.ones(3, 512)), nn.Parameter(torch.ones(5))
     optimizer = build([a, b])
     for used in ((a, b), (a,), (a, b)):
