@@ -134,7 +134,7 @@ def train_gpt(build: Build, steps: int, context: int, batch_size: int, seed: int
     trainer.fit(model, datamodule=data)
     seconds = time.perf_counter() - started
     trainer = quiet_trainer(steps)
-    trainer.limit_val_batches = 40  # type: ignore[attr-defined]
+    trainer.limit_val_batches = 40
     (result,) = trainer.validate(model, datamodule=data, verbose=False)
     return Run(result["val_loss"], recorder.gradients, recorder.step_sizes, seconds)
 

@@ -41,9 +41,9 @@ def totals(parts: Iterable[Part], device: torch.device) -> Tensor:
         row = _add_up(torch.stack(alike))
         for mesh_dim in mesh_dims:
             assert mesh is not None
-            gathered = row.new_empty(mesh.size(mesh_dim) * row.numel())
-            dist.all_gather_into_tensor(gathered, row, group=mesh.get_group(mesh_dim))
-            row = _add_up(gathered.view(-1, row.numel()))
+            gathered = [torch.empty_like(row) for _ in range(mesh.size(mesh_dim))]
+            dist.all_gather(gathered, row, group=mesh.get_group(mesh_dim))
+            row = _add_up(torch.stack(gathered))
         everywhere.append(row)
     return _add_up(torch.stack(everywhere))
 
@@ -52,9 +52,9 @@ def mean_over_processes(value: Tensor) -> Tensor:
     """Return the mean over all processes of a distributed run; the value itself outside of one."""
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         return value
-    gathered = value.new_empty(dist.get_world_size())
-    dist.all_gather_into_tensor(gathered, value.reshape(1))
-    return gathered.mean()
+    gathered = [torch.empty_like(value) for _ in range(dist.get_world_size())]
+    dist.all_gather(gathered, value)
+    return torch.stack(gathered).mean()
 
 
 Sharding = tuple[DeviceMesh | None, tuple[int, ...]]
