@@ -38,11 +38,6 @@ class LayerReport:
     states: dict[str, StateTally]
     health: HealthTally | None
 
-    @property
-    def worst_zero_fraction(self) -> float:
-        """The largest share of zeros of its states."""
-        return max((tally.zero_fraction for tally in self.states.values()), default=0.0)
-
 
 @dataclass
 class OptimizerReport:
