@@ -3,7 +3,6 @@
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -13,7 +12,7 @@ from torch.optim import Optimizer
 
 from lightning_stosign.health.forecast import Forecast, forecast_rounds, run_rounds
 from lightning_stosign.health.magnitudes import histogram_of, log10_quantiles, magnitude_counts
-from lightning_stosign.health.readers import Moments, read_moments
+from lightning_stosign.health.readers import Moments
 from lightning_stosign.health.sharding import Layout, localize
 from lightning_stosign.health.statistics import (
     abs_max,
@@ -288,32 +287,6 @@ def parameters_of(optimizer: Optimizer) -> Iterable[tuple[Tensor, Mapping[str, A
     for group in optimizer.param_groups:
         for param in group["params"]:
             yield param, group
-
-
-def zero_fractions(optimizer: Optimizer, states: Iterable[str] | None = None) -> dict[str, tuple[float, bool]]:
-    """Return the share of zeros over all layers, and whether all values are finite, by state; one host transfer.
-
-    Of sharded parameters every rank has to call it, and gets the shares of the whole.
-
-    Args:
-        optimizer: any torch optimizer.
-        states: names of states. None: what each parameter's update is divided by or, where there is no such state,
-            the state that gives the update its direction.
-    """
-    wanted = None if states is None else set(states)
-    snapshot = Snapshot()
-    for index, (param, group) in enumerate(parameters_of(optimizer)):
-        moments = read_moments(optimizer, param, group)
-        names = moments.decisive_names if wanted is None else wanted
-        chosen = {name: value for name, value in moments.states.items() if name in names}
-        snapshot.add_states(str(index), replace(moments, states=chosen, numerator=None, denominator=None))
-    scalars, _ = snapshot.records(per_layer=False)
-    kind = "zero_fraction/"
-    return {
-        (name := tag.removeprefix(kind)): (fraction, math.isfinite(scalars[f"abs_max/{name}"]))
-        for tag, fraction in scalars.items()
-        if tag.startswith(kind)
-    }
 
 
 def _combine(kind: str, numbers: Iterable[tuple[float, float]]) -> float:
