@@ -337,3 +337,24 @@ def test_ddp_converts_and_replicas_stay_identical(tmp_path: Any) -> None:
     result = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=240)
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("converted") == 2
+
+
+def test_the_scales_of_sharded_weights_are_found_after_each_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[nn.Module] = []
+    monkeypatch.setattr(torchao_backend.TorchAOBackend, "after_step", lambda self, root: calls.append(root))
+    models = [net(), net()]
+    trainer(torchao_plugin(), steps=2).fit(models[0], batches())
+    assert not calls
+    trainer(torchao_plugin(float8_all_gather=True), steps=2).fit(models[1], batches())
+    assert calls == [models[1]] * 2
+    assert models[0].losses == models[1].losses  # without shards the option changes nothing
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("recipe", ["current", "rowwise"])
+def test_a_gpu_trains_with_any_sizes_and_tokens(recipe: str) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("torch sees no CUDA device")
+    model = net()
+    trainer(torchao_plugin(recipe=recipe, pad=True), steps=24, accelerator="gpu").fit(model, batches(4))
+    assert sum(model.losses[-4:]) < 0.5 * sum(model.losses[:4])

@@ -9,6 +9,7 @@ from float8_models import Net, Wrapped, batches, net, te_plugin, trainer
 from torch import nn
 
 from lightning_stosign import StoSignConfig, StoSignMixin
+from lightning_stosign.precision import te_backend
 
 pytestmark = pytest.mark.filterwarnings("ignore:Float8Precision leaves these layers")
 
@@ -208,3 +209,33 @@ def test_a_shared_layer_under_delayed_scaling_is_warned_about(te: Any) -> None:
     shared = nn.Linear(16, 16)
     with pytest.warns(UserWarning, match=r"layer one = two has several names.*recipe='current'"):
         te_plugin(recipe="delayed").convert_module(Wrapped(one=shared, two=shared))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("feature", ["plain", "pad", "fuse", "quantized_weights"])
+@pytest.mark.parametrize("recipe", ["delayed", "current", "block", "mxfp8", "nvfp4"])
+def test_real_transformer_engine_computes_what_torch_computes(recipe: str, feature: str) -> None:
+    if (obstacle := te_backend.missing_for_transformer_engine()) is not None:
+        pytest.skip(obstacle)
+    flags: Any = {} if feature == "plain" else {feature: True}
+    try:
+        float8 = te_plugin(recipe=recipe, weights_dtype="bfloat16", **flags)
+    except ValueError as error:  # this GPU does not have the recipe
+        pytest.skip(str(error))
+    size = 200 if feature == "pad" else 256
+    torch.manual_seed(0)
+    model = Wrapped(chain=nn.Sequential(nn.LayerNorm(size), nn.Linear(size, size)), other=nn.Linear(size, size))
+    model.bfloat16()
+    truth = copy.deepcopy(model).cuda()
+    float8.convert_module(model)
+    model.cuda()
+    inputs = torch.randn(3, 7, size, device="cuda", dtype=torch.bfloat16)
+    for _ in range(2):  # delayed scaling learns its scales in the first call
+        with float8.forward_context():
+            output = model.other(model.chain(inputs))
+        output.float().square().mean().backward()
+    expected = truth.other(truth.chain(inputs))
+    expected.float().square().mean().backward()
+    assert ((output - expected).norm() / expected.norm()).item() < 0.3
+    gradient, exact = model.chain[1].weight.grad / 2, truth.chain[1].weight.grad
+    assert ((gradient - exact).norm() / exact.norm()).item() < 0.4
