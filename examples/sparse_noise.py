@@ -98,7 +98,7 @@ def sign_steps(
     return _best_of_groups(torch.stack(norms), step_sizes)
 
 
-def muon_steps(dim: int, step_sizes: NDArray, longest: int) -> tuple[float, float]:
+def muon_steps(dim: int, step_sizes: NDArray, seeds: int, longest: int) -> tuple[float, float]:
     """Return Muon's fewest steps on the matrix form: f(W) = 1/2 sum h_i (u_i W v_i)^2 and, off the diagonal, 0."""
     generator = torch.Generator().manual_seed(dim)
     u, v = (torch.linalg.qr(torch.randn(dim, dim, generator=generator)).Q for _ in range(2))
@@ -106,14 +106,14 @@ def muon_steps(dim: int, step_sizes: NDArray, longest: int) -> tuple[float, floa
     h[0] = 1.0
     start = torch.ones(dim)
     start[0] = 0.0
-    params = [torch.nn.Parameter((u * start) @ v.T) for _ in step_sizes]
-    groups = [{"params": [w], "lr": float(lr)} for w, lr in zip(params, step_sizes, strict=True)]
+    runs = [[torch.nn.Parameter((u * start) @ v.T) for _ in range(seeds)] for _ in step_sizes]
+    groups = [{"params": run, "lr": float(lr)} for run, lr in zip(runs, step_sizes, strict=True)]
     optimizer = Muon(groups, momentum=0.0, nesterov=False, weight_decay=0.0)
     norms = []
     with torch.no_grad():
         for _ in range(longest):
             row = []
-            for w in params:
+            for w in (w for run in runs for w in run):
                 diagonal = ((u.T @ w) * v.T).sum(dim=1) * h
                 row.append(diagonal.abs().sum())
                 diagonal[0] += torch.randn((), generator=generator)
@@ -160,7 +160,7 @@ def main(
     Args:
         dims: dimensions d.
         muon_up_to: the largest d for which a d x d matrix is trained with Muon.
-        seeds: runs of each count (Muon's is of one).
+        seeds: runs of each count.
         out: folder for the figure.
 
     Returns:
@@ -173,7 +173,7 @@ def main(
         for name, (method, grid, longest) in METHODS.items():
             row[name] = sign_steps(method, dim, grid, seeds, longest)
         if dim <= muon_up_to:
-            row["Muon, matrix form"] = muon_steps(dim, np.geomspace(0.01, 0.1, 6), longest=300)
+            row["Muon, matrix form"] = muon_steps(dim, np.geomspace(0.01, 0.1, 6), seeds, longest=200)
         for name, (steps, _) in row.items():
             if math.isinf(steps):
                 raise RuntimeError(f"{name} did not reach {TARGET} at d = {dim}: widen its grid of step sizes")
