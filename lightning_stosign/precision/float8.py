@@ -61,7 +61,7 @@ class Float8Precision(TransformerEnginePrecision):
             ``"rowwise"`` and ``"mxfp4"``, each on its hardware), ``"torchao"`` (any device; ``"current"`` and
             ``"rowwise"``), ``"emulation"`` (any device, slowly; ``"block"``, ``"mxfp8"``, ``"nvfp4"``, ``"mxfp4"``: the
             operands are rounded, the products run in float32), or ``"auto"``: the first of these that this machine
-            can run and that has the recipe; it does not emulate where there is a GPU.
+            can run and that has the recipe; on a GPU it emulates only what no other backend has.
         weights_dtype: Type of parameters, buffers and inputs: ``torch.float32``, ``torch.bfloat16`` or
             ``torch.float16``, or its name. With the latter two the steps run under ``torch.autocast``, which computes
             losses and softmax in float32; with float16 the loss is scaled by a ``torch.amp.GradScaler``.
