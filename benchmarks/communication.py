@@ -158,21 +158,27 @@ def measure_traffic(methods: list[str], size: Size, steps: int) -> dict[str, flo
 
 def measure_steps(
     methods: list[str], size: Size, steps: int, rates: list[float], batch_size: int
-) -> dict[str, list[float]]:
-    """Return each method's median seconds a step: without communication, then at each rate."""
-    medians = {}
+) -> dict[str, list[tuple[float, float]]]:
+    """Return each method's (seconds a step, seconds that communication adds) at each rate.
+
+    Steps with and without communication take turns; both figures are medians, the second one of the pairs' differences.
+    """
+    seconds: dict[str, list[tuple[float, float]]] = {}
     for method in methods:
         run = Run(method, size, batch_size, CONTEXT)
         for _ in range(WARMUP + 1):
             run.step()
-        seconds = [statistics.median(run.step(communicate=False) for _ in range(max(steps, 3)))]
+        seconds[method] = []
         for rate in rates:
-            dist.barrier()
             shape(rate)
-            seconds.append(statistics.median(run.step() for _ in range(steps)))
+            pairs = []
+            for _ in range(steps):
+                dist.barrier()
+                pairs.append((run.step(communicate=False), run.step()))
             shape(None)
-        medians[method] = seconds
-    return medians
+            exposed = statistics.median(whole - alone for alone, whole in pairs)
+            seconds[method].append((statistics.median(whole for _, whole in pairs), exposed))
+    return seconds
 
 
 def measure_loss(
@@ -287,11 +293,11 @@ def steps(
     print(
         f"GPT of size {size}, two hosts, {batch_size} x {CONTEXT} tokens each: seconds a step (exposed communication)"
     )
-    print(f"{'method':22}{'alone':>8}" + "".join(f"{f'{rate:g} Mbit/s':>20}" for rate in rates))
+    print(f"{'method':22}" + "".join(f"{f'{rate:g} Mbit/s':>20}" for rate in rates))
     for method in methods:
-        alone, *times = map(statistics.mean, zip(first[method], second[method], strict=True))
-        cells = (f"{seconds:.2f} ({seconds - alone:.3f})" for seconds in times)
-        print(f"{method:22}{alone:8.2f}" + "".join(f"{cell:>20}" for cell in cells))
+        of_workers = zip(first[method], second[method], strict=True)
+        cells = (f"{(a[0] + b[0]) / 2:.2f} ({(a[1] + b[1]) / 2:.3f})" for a, b in of_workers)
+        print(f"{method:22}" + "".join(f"{cell:>20}" for cell in cells))
 
 
 def loss(

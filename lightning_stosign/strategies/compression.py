@@ -117,8 +117,10 @@ class SignCode:
         for s, scale in zip(layout.compressed, scales, strict=True):
             key = noise_key(worker_seed, step, s.index, Stream.WORKER)
             of_param = s.of(values)
-            for start in range(0, s.numel, CHUNK):  # so that the noise is still in the cache when it is added
-                part = of_param[start : start + CHUNK]
+            # On the CPU the noise is added while it is still in the cache; an accelerator wants few kernels.
+            chunk = CHUNK if values.device.type == "cpu" else s.numel
+            for start in range(0, s.numel, chunk):
+                part = of_param[start : start + chunk]
                 noise = uniform_noise(key, part.numel(), start=start, device=values.device)
                 part.addcmul_(noise.to(values.dtype), scale)
 
