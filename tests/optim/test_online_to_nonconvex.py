@@ -179,6 +179,7 @@ def test_parameters_that_join_late_share_the_random_factor():
     y.grad = torch.ones(2)
     optimizer.step()
     torch.testing.assert_close(x.detach() - before, y.detach())
+    assert not torch.equal(y.detach(), before)  # the second step's factor, not the first's again
 
 
 @pytest.mark.parametrize(
