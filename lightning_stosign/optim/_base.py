@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import Optimizer, ParamsT, StateDict
 
+from lightning_stosign.optim.sharding import local_grad, max_over_shards, shard_of
 from lightning_stosign.optim.state_precision import FP8_DTYPES
 from lightning_stosign.optim.storage import round_by_noise
 
@@ -34,7 +34,7 @@ class StrictOptimizer(Optimizer, ABC):
         try:
             self._check_group(group)
             for param in group["params"]:
-                _check_param(param)
+                self._check_param(param, group)
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
@@ -44,6 +44,15 @@ class StrictOptimizer(Optimizer, ABC):
         check_number("weight_decay", group["weight_decay"])
         check_lr(group["lr"])
         check_choice("on_nonfinite", group["on_nonfinite"], ("raise", "skip"))
+
+    def _check_param(self, param: Tensor, group: dict[str, Any]) -> None:
+        """Raise ValueError for a parameter that cannot be updated."""
+        described = f"params: a parameter of shape {list(param.shape)}"
+        if param.layout != torch.strided:
+            raise ValueError(f"{described} is sparse ({param.layout}); accepted: dense parameters")
+        if not param.is_floating_point() or param.dtype.itemsize < 2:
+            raise ValueError(f"{described} has dtype {param.dtype}; accepted: float64, float32, bfloat16, float16")
+        shard_of(param)  # refuses what is neither sharded nor replicated
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Perform one optimization step.
@@ -89,18 +98,22 @@ class StrictOptimizer(Optimizer, ABC):
     def _gradients_are_finite(self, updates: list[tuple[int, Tensor, dict[str, Any]]]) -> bool:
         """Return whether to take the step; raise or warn where a gradient is not finite.
 
-        Costs one reduction over the gradients and, on an accelerator, one host synchronisation a step.
+        Costs one reduction over the gradients, one communication if they are sharded and, on an accelerator, one host
+        synchronisation a step.
         """
-        grads: dict[torch.device, list[Tensor]] = {}
-        for _, param, _ in updates:
-            grads.setdefault(param.device, []).append(param.grad)  # type: ignore[arg-type]
-        if all(_sums_are_finite(of_device) for of_device in grads.values()):
-            return True
-        offending = [(param, group) for _, param, group in updates if not param.grad.isfinite().all()]  # type: ignore[union-attr]
-        if not offending:
-            return True  # a sum of finite values can overflow
-        self._report_nonfinite([self._name(param) for param, _ in offending], [group for _, group in offending])
-        return False
+        nonfinite = torch.zeros(len(updates))
+        grads = [local_grad(param) for _, param, _ in updates]
+        # A sum is not finite if one value is not, and several times faster than a largest magnitude, whose kernels run
+        # on one thread on the CPU. But a sum of finite values can overflow.
+        if not _sums_are_finite(grads):
+            nonfinite = torch.tensor([float(not grad.isfinite().all()) for grad in grads])
+        max_over_shards((param, flag) for (_, param, _), flag in zip(updates, nonfinite.unbind(), strict=True))
+        offending = [
+            (param, group) for (_, param, group), flag in zip(updates, nonfinite.tolist(), strict=True) if flag
+        ]
+        if offending:
+            self._report_nonfinite([self._name(param) for param, _ in offending], [group for _, group in offending])
+        return not offending
 
     def _report_nonfinite(self, names: list[str], groups: list[dict[str, Any]]) -> None:
         """Raise or warn about a step that was not taken, as the groups of the parameters named ask for."""
@@ -246,20 +259,9 @@ def check_choice(name: str, value: Any, accepted: tuple[Any, ...]) -> None:
         raise ValueError(f"{name}={value!r} is not supported; accepted: {', '.join(map(repr, accepted))}")
 
 
-def _check_param(param: Tensor) -> None:
-    described = f"params: a parameter of shape {list(param.shape)}"
-    if isinstance(param, DTensor):
-        raise ValueError(f"{described} is a DTensor; accepted: unsharded parameters (this version does not shard)")
-    if param.layout != torch.strided:
-        raise ValueError(f"{described} is sparse ({param.layout}); accepted: dense parameters")
-    if not param.is_floating_point() or param.dtype.itemsize < 2:
-        raise ValueError(f"{described} has dtype {param.dtype}; accepted: float64, float32, bfloat16, float16")
-
-
 def _sums_are_finite(grads: list[Tensor]) -> bool:
-    """Return whether each gradient's sum is finite, which it is not if one of its values is not.
-
-    Several times faster on the CPU than a largest magnitude, whose kernels run on one thread.
-    """
-    dtype = torch.promote_types(torch.float32, grads[0].dtype)
-    return bool(torch.stack([grad.sum(dtype=dtype) for grad in grads]).isfinite().all())
+    sums: dict[torch.device, list[Tensor]] = {}
+    for grad in grads:
+        total = grad.sum(dtype=torch.promote_types(torch.float32, grad.dtype))
+        sums.setdefault(grad.device, []).append(total.to(torch.float64))
+    return all(bool(torch.stack(of_device).isfinite().all()) for of_device in sums.values())

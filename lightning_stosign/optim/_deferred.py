@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_stosign.optim.sharding import local_grad, max_over_shards
+
 
 def defers(updates: list[tuple[int, Tensor, dict[str, Any]]]) -> bool:
     """Return whether the answer would have to come from one accelerator."""
@@ -20,8 +22,10 @@ class DeferredCheck:
     """
 
     def __init__(self, updates: list[tuple[int, Tensor, dict[str, Any]]]) -> None:
-        grads = [param.grad for _, param, _ in updates if param.grad is not None]
-        finite = torch.stack(torch._foreach_norm(grads, torch.inf)).isfinite()
+        grads = [local_grad(param) for _, param, _ in updates]
+        nonfinite = torch.stack(torch._foreach_norm(grads, torch.inf)).isfinite().logical_not().to(torch.float32)
+        max_over_shards((param, flag) for (_, param, _), flag in zip(updates, nonfinite.unbind(), strict=True))
+        finite = nonfinite == 0
         self.finite = finite.all()
         """0-dimensional bool tensor, on the gradients' device."""
         self._updates = [(param, group) for _, param, group in updates]

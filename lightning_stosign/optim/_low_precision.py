@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import ParamsT
 
 from lightning_stosign.optim import engine
@@ -13,6 +14,7 @@ from lightning_stosign.optim._base import StrictOptimizer, check_choice
 from lightning_stosign.optim._deferred import DeferredCheck, defers
 from lightning_stosign.optim.fused import WORTH_COMPILING, has_compiler
 from lightning_stosign.optim.noise import noise_key
+from lightning_stosign.optim.sharding import local, local_grad
 from lightning_stosign.optim.state_precision import FLOAT32, StatePrecision, precision_of
 from lightning_stosign.optim.storage import init_state
 from lightning_stosign.optim.update import Constants, Rule, UpdateSpec
@@ -34,6 +36,17 @@ class LowPrecisionOptimizer(StrictOptimizer):
         if param_group.get("state_precision") is not None:
             param_group["state_precision"] = str(StatePrecision.parse(param_group["state_precision"]))
         super().add_param_group(param_group)
+
+    def _check_param(self, param: Tensor, group: dict[str, Any]) -> None:
+        super()._check_param(param, group)
+        spec = group["state_precision"]
+        if spec is None or not isinstance(param, DTensor) or all(p.is_replicate() for p in param.placements):
+            return
+        if StatePrecision.parse(spec).scaling == "block":
+            raise ValueError(
+                f"state_precision={spec!r}: the blocks of a sharded parameter would be cut by the shards; accepted: "
+                "one scale a tensor ('fp8'), or none"
+            )
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -124,8 +137,8 @@ class LowPrecisionOptimizer(StrictOptimizer):
         spec = UpdateSpec(rule, precision or FLOAT32, narrow and group["param_rounding"] == "stochastic")
         seed, step = group.get("seed", 0), int(state["step"])
         keys = {stream: noise_key(seed, step, index, stream) for stream in spec.streams()}
-        assert param.grad is not None
-        return engine.Job(param, param.grad, state, spec, keys, constants, self._compiles(param, group, numel))
+        compiled = self._compiles(param, group, numel)
+        return engine.Job(param, local(param), local_grad(param), state, spec, keys, constants, compiled)
 
     def _compiles(self, param: Tensor, group: dict[str, Any], numel: int) -> bool:
         """Return whether the group's ``fused`` asks for a compiled step on this machine."""

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from lightning_stosign.optim.fused import ROW, compiled_largest, compiled_update
 from lightning_stosign.optim.noise import Stream, hash_words, weyl_sequence
+from lightning_stosign.optim.sharding import Shard, local, max_over_shards, shard_of
 from lightning_stosign.optim.storage import SCALE_SUFFIX
-from lightning_stosign.optim.update import Constants, RowNoise, RunNoise, UpdateSpec
+from lightning_stosign.optim.update import Constants, Noise, RowNoise, RunNoise, UpdateSpec
 
 # Values that an eager pass goes over at a time: on the CPU 1 MiB of float32, so that the passes stay in the cache.
 _CHUNK, _ACCELERATOR_CHUNK = 1 << 18, 1 << 26
@@ -27,8 +28,9 @@ class Job:
     """One parameter's update in this step.
 
     Args:
-        param: the parameter.
-        grad: its gradient.
+        whole: the parameter.
+        param: this process's part of it.
+        grad: likewise of its gradient.
         state: its entry in ``optimizer.state``.
         spec: the update and how it is stored.
         keys: this step's noise keys.
@@ -37,6 +39,7 @@ class Job:
         largest: :meth:`Rule.largest` of the whole parameter, under ``scaling="tensor"``.
     """
 
+    whole: Tensor
     param: Tensor
     grad: Tensor
     state: dict[str, Any]
@@ -48,8 +51,8 @@ class Job:
 
     @property
     def stored(self) -> list[Tensor]:
-        """The state tensors."""
-        return [self.state[name] for name in self.spec.rule.states]
+        """This process's parts of the state tensors."""
+        return [local(self.state[name]) for name in self.spec.rule.states]
 
     @property
     def scales(self) -> list[Tensor | None]:
@@ -57,19 +60,38 @@ class Job:
         return [self.state.get(name + SCALE_SUFFIX) for name in self.spec.rule.states]
 
     @property
+    def shard(self) -> Shard | None:
+        """Which part of the parameter this process has, if not all of it."""
+        return shard_of(self.whole)
+
+    @property
+    def start(self) -> int | None:
+        """The row-major index in the parameter of its first value here; None if they do not follow each other."""
+        shard = self.shard
+        if shard is None or shard.starts.numel() == 0:
+            return 0
+        return int(shard.starts) if shard.starts.numel() == 1 else None
+
+    @property
     def batch_key(self) -> tuple[Any, ...] | None:
         """What parameters must have in common to be updated together; None for one that is updated alone."""
         tensors = (self.param, self.grad, *self.stored)
-        if self.param.numel() > _SMALL or any(s is not None for s in self.scales) or self.param.dtype == torch.float64:
+        if not 0 < self.param.numel() <= _SMALL or self.param.dtype == torch.float64:
+            return None
+        if self.start is None or any(scale is not None for scale in self.scales):
             return None
         return self.spec, id(self.constants), self.compiled, self.param.device, *(t.dtype for t in tensors)
 
 
 def run(jobs: Sequence[Job]) -> None:
-    """Update parameters and states in place."""
-    for job in jobs:
-        if job.spec.precision.scaling == "tensor" and job.spec.rule.states:
-            job.largest = _largest(job)
+    """Update parameters and states in place.
+
+    Communicates where a sharded parameter's states have one scale: the largest value is that of all shards.
+    """
+    scaled = [job for job in jobs if job.spec.precision.scaling == "tensor" and job.spec.rule.states]
+    for job in scaled:
+        job.largest = _largest(job)
+    max_over_shards((job.whole, job.largest) for job in scaled if job.largest is not None)
     batches: dict[Any, list[Job]] = {}
     for job in jobs:
         batches.setdefault(job.batch_key or id(job), []).append(job)
@@ -96,7 +118,7 @@ def _run_alone(job: Job) -> None:
             compiled_update(job.spec, rows, scales, new_scales, words, sequence, job.constants)
         else:
             states = job.spec.stored(rows[0], rows[2:], scales, new_scales)
-            job.spec.update(rows[0], rows[1], states, RunNoise(job.keys, first, rows[0]), job.constants)
+            job.spec.update(rows[0], rows[1], states, _noise(job, first, rows[0]), job.constants)
     if new_scales is not None:
         for scale, new in zip(job.scales, new_scales, strict=True):
             assert scale is not None
@@ -104,6 +126,19 @@ def _run_alone(job: Job) -> None:
     for tensor, values in zip((job.param, *job.stored), (flat[0], *flat[2:]), strict=True):
         if not tensor.is_contiguous():
             tensor.copy_(values.view(tensor.shape))
+
+
+def _noise(job: Job, first: int, rows: Tensor) -> Noise:
+    """Return the noise of eager rows, which begin at value ``first`` of this process's part."""
+    if job.start is not None:
+        return RunNoise(job.keys, job.start + first, rows)
+    # The rows are the shard's runs.
+    shard = job.shard
+    assert shard is not None
+    starts = shard.starts[first // shard.run :][: len(rows)]
+    words = torch.tensor([_words_at(job, int(start)) for start in starts], dtype=torch.int32, device=rows.device)
+    sequence = torch.zeros(len(rows), dtype=torch.int32, device=rows.device)
+    return RowNoise(job.spec.streams(), words, sequence, weyl_sequence(shard.run, device=rows.device))
 
 
 def _run_together(jobs: list[Job]) -> None:
@@ -158,6 +193,8 @@ def _largest(job: Job) -> Tensor:
         else:
             states = job.spec.stored(rows[0], rows[2:], job.scales)
             found.append(job.spec.largest(rows[0], rows[1], states, job.constants))
+    if not found:  # a shard without values
+        return torch.zeros(len(stored), dtype=torch.float32, device=param.device)
     return torch.stack(found).amax(dim=0)
 
 
@@ -166,6 +203,9 @@ def _spans(job: Job) -> Iterator[tuple[int, int, int]]:
     total = job.param.numel()
     blocks = job.spec.precision.scaling == "block"
     row = job.spec.precision.block_size if blocks else ROW
+    if job.start is None:
+        assert job.shard is not None
+        row = job.shard.run
     chunk = _SEGMENT if job.compiled and not blocks else _chunk(job.param.device)
     chunk = max(chunk // row, 1) * row
     whole = total // row * row
@@ -178,7 +218,7 @@ def _spans(job: Job) -> Iterator[tuple[int, int, int]]:
 
 def _compiles(job: Job, count: int, row: int) -> bool:
     # torch.compile treats a size of 1 apart.
-    return job.compiled and count >= 2 * row and job.param.dtype != torch.float64
+    return job.compiled and job.start is not None and count >= 2 * row and job.param.dtype != torch.float64
 
 
 def _chunk(device: torch.device) -> int:
@@ -186,7 +226,12 @@ def _chunk(device: torch.device) -> int:
 
 
 def _words(job: Job, first: int) -> list[int]:
-    return [word for stream in job.spec.streams() for word in hash_words(job.keys[stream], first)]
+    assert job.start is not None
+    return _words_at(job, job.start + first)
+
+
+def _words_at(job: Job, index: int) -> list[int]:
+    return [word for stream in job.spec.streams() for word in hash_words(job.keys[stream], index)]
 
 
 def _flat(tensor: Tensor) -> Tensor:
