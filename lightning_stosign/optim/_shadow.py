@@ -50,6 +50,14 @@ class ShadowOptimizer(StrictOptimizer):
     def _set_base_options(self, group: dict[str, Any], base_group: dict[str, Any]) -> None:
         """Set the base's learning rate and weight decay; its other options are already the group's."""
 
+    def _check_param(self, param: Tensor, group: dict[str, Any]) -> None:
+        super()._check_param(param, group)
+        if isinstance(param, DTensor):
+            raise ValueError(
+                f"params: a parameter of shape {list(param.shape)} is a DTensor; accepted by "
+                f"{type(self).__name__}: unsharded parameters"
+            )
+
     @abstractmethod
     def _step_param(
         self, index: int, param: Tensor, grad: Tensor, state: dict[str, Any], group: dict[str, Any]

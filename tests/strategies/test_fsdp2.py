@@ -57,7 +57,7 @@ def fit(rank, workers, folder, optimizer):
     return {"weights": weights, "losses": net.losses, "sharded": sharded}
 
 
-OPTIMIZERS = ["adamw"]
+OPTIMIZERS = ["adamw", "stosign"]
 
 
 @pytest.fixture(scope="module", params=OPTIMIZERS)
