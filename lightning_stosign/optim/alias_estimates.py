@@ -75,7 +75,7 @@ def next_estimates(
     curvature = estimates["curvature"]
     if difference is not None:
         ratio = difference / motion
-        curvature = torch.where((motion > 0) & ratio.isfinite(), ratio, curvature)
+        curvature = torch.where(ratio.isfinite(), ratio, curvature)  # not finite where nothing moved
     eta = estimates["eta"] + curvature
     # dtilde_t = dtilde_{t-1} + <g_t, x_{t-1} - x_t>
     total_decrease = estimates["decrease"] + decrease

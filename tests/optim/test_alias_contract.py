@@ -263,6 +263,18 @@ def test_loss_below_its_bound_warns_once_and_goes_on():
     assert math.isfinite(x.item()) and optimizer.param_groups[0]["estimates"]["bound"] < 1.0
 
 
+def test_first_loss_at_its_bound_does_not_stop_the_descent():
+    x = nn.Parameter(torch.tensor([1.0]))
+    optimizer = ALIAS([x], loss_lower_bound=1.0)
+
+    def closure():
+        x.grad = 2 * x.detach()
+        return x.detach().square().sum()
+
+    losses = [optimizer.step(closure).item() for _ in range(100)]
+    assert losses[-1] < 0.9 * losses[0]
+
+
 def test_loss_that_falls_below_its_bound_later_is_noticed():
     x = nn.Parameter(torch.tensor([1.0]))
     optimizer = ALIAS([x], loss_lower_bound=0.99)
