@@ -3,6 +3,7 @@
 from typing import Any
 
 from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
@@ -99,7 +100,16 @@ class _Emulation:
                 continue
             for name, value in state.items():
                 if is_moment(name, value, param) and value.numel() > 0:
-                    value.copy_(as_stored(value, precision, state_degree(name)))
+                    _round(value, precision, state_degree(name))
+
+
+def _round(value: Tensor, precision: StatePrecision, degree: int) -> None:
+    """Round a state in place; one that is sharded (DTensor) as the whole would be, for which it is gathered."""
+    if not isinstance(value, DTensor):
+        value.copy_(as_stored(value, precision, degree))
+        return
+    rounded = as_stored(value.full_tensor(), precision, degree)
+    value.copy_(distribute_tensor(rounded, value.device_mesh, value.placements, src_data_rank=None))
 
 
 def emulated_precision(optimizer: Optimizer) -> StatePrecision | None:

@@ -1,5 +1,10 @@
 """StateCollapseGuard(action="promote"): the sick layers' states move to wider storage, and training goes on."""
 
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
 import pytest
 import torch
 from fits import fit, scalars
@@ -155,3 +160,34 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tmp_path, optimi
     resumed = train(8, ckpt_path=tmp_path / "a.ckpt")
     for a, b in zip(outcome(*whole), outcome(*resumed), strict=True):
         assert_same(a, b)
+
+
+# ---- on several ranks ------------------------------------------------------------------------------------------------
+
+
+def on_ranks(folder, strategy, devices, optimizer):
+    folder.mkdir()
+    script = str(Path(__file__).with_name("guard_script.py"))
+    result = subprocess.run(
+        [sys.executable, script, str(folder), strategy, str(devices), optimizer],
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert result.returncode == 0, result.stderr
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(devices)]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """What a single process ends with, by optimizer."""
+    return cache(lambda optimizer: on_ranks(tmp_path_factory.mktemp("alone") / optimizer, "auto", 1, optimizer)[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("strategy", "optimizer"), [("ddp", "adamw"), ("ddp", "stosign"), ("fsdp2", "adamw")])
+def test_all_ranks_promote_alike_and_as_a_single_process(tmp_path, alone, strategy, optimizer):
+    expected = alone(optimizer)
+    assert len({promotion["step"] for promotion in expected["guard"]["promotions"]}) >= 2
+    for rank in on_ranks(tmp_path / "ranks", strategy, 2, optimizer):
+        assert_same(rank, expected)
