@@ -45,10 +45,13 @@ OPTIMIZERS: dict[str, Make] = {
     "StoSignSGD, fused, bfloat16": lambda params: StoSignSGD(params, fused=True, state_precision="bfloat16"),
     "StoSignSGD, fused, fp8-raw": lambda params: StoSignSGD(params, fused=True, state_precision="fp8-raw"),
     "StoSignSGD, fused, fp8": lambda params: StoSignSGD(params, fused=True, state_precision="fp8"),
+    "StoSignSGD, fused, fp8-block": lambda params: StoSignSGD(params, fused=True, state_precision="fp8-block"),
     "StoSignSGD, eager": lambda params: StoSignSGD(params, fused=False),
     "StoSignSGD, eager, bfloat16": lambda params: StoSignSGD(params, fused=False, state_precision="bfloat16"),
     "StoSignSGD, eager, fp8": lambda params: StoSignSGD(params, fused=False, state_precision="fp8"),
     "StoSignSGD, eager, fp8-block": lambda params: StoSignSGD(params, fused=False, state_precision="fp8-block"),
+    "SignSGD, fused": lambda params: SignSGD(params, fused=True),
+    "SignSGD, fused, fp8": lambda params: SignSGD(params, fused=True, state_precision="fp8"),
     "SignSGD, eager": lambda params: SignSGD(params, fused=False),
 }
 

@@ -23,6 +23,7 @@ class DeferredCheck:
 
     def __init__(self, updates: list[tuple[int, Tensor, dict[str, Any]]]) -> None:
         grads = [local_grad(param) for _, param, _ in updates]
+        grads = [grad if grad.numel() > 0 else grad.new_zeros(1) for grad in grads]  # an empty shard has no norm
         nonfinite = torch.stack(torch._foreach_norm(grads, torch.inf)).isfinite().logical_not().to(torch.float32)
         max_over_shards((param, flag) for (_, param, _), flag in zip(updates, nonfinite.unbind(), strict=True))
         finite = nonfinite == 0

@@ -78,7 +78,9 @@ class Job:
         tensors = (self.param, self.grad, *self.stored)
         if not 0 < self.param.numel() <= _SMALL or self.param.dtype == torch.float64:
             return None
-        if self.start is None or any(scale is not None for scale in self.scales):
+        if self.start is None or self.start % _SEGMENT + self.param.numel() > _SEGMENT:
+            return None
+        if any(scale is not None for scale in self.scales):
             return None
         return self.spec, id(self.constants), self.compiled, self.param.device, *(t.dtype for t in tensors)
 
@@ -209,9 +211,12 @@ def _spans(job: Job) -> Iterator[tuple[int, int, int]]:
     chunk = _SEGMENT if job.compiled and not blocks else _chunk(job.param.device)
     chunk = max(chunk // row, 1) * row
     whole = total // row * row
-    for first in range(0, whole, chunk):
-        count = min(chunk, whole - first)
+    first = 0
+    while first < whole:
+        of_segment = _SEGMENT - ((job.start or 0) + first) % _SEGMENT
+        count = min(chunk, whole - first, max(of_segment // row, 1) * row)
         yield first, count, row
+        first += count
     if whole < total:
         yield whole, total - whole, total - whole
 

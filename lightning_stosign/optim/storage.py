@@ -5,9 +5,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lightning_stosign.optim.noise import uniform_fraction
 from lightning_stosign.optim.rounding import power_of_two_scale, round_stochastically, round_to_nearest, round_up
+from lightning_stosign.optim.sharding import local
 from lightning_stosign.optim.state_precision import StatePrecision
 
 SCALE_SUFFIX = "_scale"
@@ -105,6 +107,8 @@ def init_state(state: dict[str, Any], name: str, param: Tensor, precision: State
 def state_bytes(optimizer: Optimizer) -> int:
     """Return the memory that an optimizer's states take, in bytes: all tensors, scales included, but the step counts.
 
+    Of sharded states it counts what this process holds; of tensor subclasses such as torchao's what they are made of.
+
     Args:
         optimizer: any torch optimizer; states exist from its first step on.
 
@@ -117,11 +121,19 @@ def state_bytes(optimizer: Optimizer) -> int:
         8192
     """
     return sum(
-        value.numel() * value.element_size()
+        _bytes(value)
         for state in optimizer.state.values()
         for name, value in state.items()
         if isinstance(value, Tensor) and name != "step"
     )
+
+
+def _bytes(value: Tensor) -> int:
+    value = local(value)
+    if is_traceable_wrapper_subclass(value):
+        names, _ = value.__tensor_flatten__()
+        return sum(_bytes(getattr(value, name)) for name in names)
+    return value.numel() * value.element_size()
 
 
 def _block_amax(value: Tensor, precision: StatePrecision) -> Tensor:

@@ -62,7 +62,7 @@ INFOS = [
         [({"betas": (0.9, 0.0)}, r"betas\[1\]=0.0"), ({"seed": -1}, "seed=-1"), ({"lr": -0.1}, "lr=-0.1")],
         fused=True,
     ),
-    info(SignSGD, [*COMMON, {"momentum": 0.0}, {"momentum": 0.99}], [({"momentum": -0.5}, "momentum=-0.5")]),
+    info(SignSGD, [*COMMON, {"momentum": 0.0}], [({"momentum": -0.5}, "momentum=-0.5")], fused=True),
     info(
         SignConvertedAdamax,
         [*COMMON[:4], {"stochastic": False}, {"normalize": True}],

@@ -6,6 +6,7 @@ them is its result.
 
 import json
 import traceback
+from datetime import timedelta
 from functools import partial
 
 import torch
@@ -265,7 +266,13 @@ def compiled_scenarios(meshes, folder):
 def main(rank, folder, which):
     """Go through the scenarios as one of the four processes; the first writes each one's error, or "", to a file."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=WORLD)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/rendezvous",
+        rank=rank,
+        world_size=WORLD,
+        timeout=timedelta(seconds=60),  # processes that no longer agree wait for each other
+    )
     meshes = {world: DeviceMesh("cpu", torch.arange(world)) for world in (1, 2, 4)}
     meshes["2x2"] = DeviceMesh("cpu", torch.arange(4).view(2, 2))
     results = {}

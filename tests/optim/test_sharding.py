@@ -1,6 +1,8 @@
 """Which of the whole's values a process holds, against torch's own distribution of the values 0, 1, 2, ..."""
 
+import types
 from math import prod
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -11,7 +13,13 @@ from torch.distributed.tensor import Shard as Split
 from torch.distributed.tensor.placement_types import _StridedShard
 from torch.testing._internal.distributed.fake_pg import FakeStore  # registers the "fake" backend
 
+from lightning_stosign.optim import engine
+from lightning_stosign.optim._deferred import DeferredCheck
+from lightning_stosign.optim.noise import Stream, uniform_noise
 from lightning_stosign.optim.sharding import local, local_grad, shard_of
+from lightning_stosign.optim.state_precision import FLOAT32
+from lightning_stosign.optim.stosign import StoSignRule
+from lightning_stosign.optim.update import Constants, UpdateSpec
 
 
 @pytest.fixture(params=range(4))
@@ -83,3 +91,30 @@ def test_plain_tensor_is_no_shard():
     param = torch.nn.Parameter(torch.ones(2))
     param.grad = torch.ones(2)
     assert shard_of(param) is None and local(param) is param and local_grad(param) is param.grad
+
+
+def test_gradients_are_checked_on_a_process_with_an_empty_shard(rank):
+    mesh = init_device_mesh("cpu", (4,))
+    params = [torch.nn.Parameter(spread((rows, 3), mesh, [Split(0)]).float()) for rows in (2, 8)]
+    for param in params:
+        param.grad = torch.ones_like(param)
+    local(params[1].grad)[0, 0] = torch.inf
+    offending = DeferredCheck([(i, param, {"name": i}) for i, param in enumerate(params)]).offending()
+    assert [group["name"] for _, group in offending] == [1]
+
+
+def test_a_part_across_the_key_s_boundary_draws_the_noise_of_its_elements():
+    start, numel = 2**32 - 700, 2000
+    shard = types.SimpleNamespace(starts=torch.tensor([start]), run=numel)
+    param = torch.zeros(numel)
+    spec = UpdateSpec(StoSignRule(stochastic=True, maximize=False), FLOAT32, round_param=False)
+    keys, state = {Stream.UPDATE: 3}, {"exp_avg": param, "exp_inf": param}
+    job = engine.Job(param, param, param, state, spec, keys, Constants(1, 1, 1, 1), compiled=True)
+    with patch.object(engine, "shard_of", return_value=shard):
+        assert job.batch_key is None
+        spans = list(engine._spans(job))
+        noises = [engine._noise(job, first, torch.empty(count // row, row)) for first, count, row in spans]
+        drawn = torch.cat([noise.uniform(Stream.UPDATE).flatten() for noise in noises])
+    assert torch.equal(drawn, uniform_noise(3, numel, start=start))
+    for first, count, row in spans:  # what is compiled has one key
+        assert count < 2 * row or (start + first) >> 32 == (start + first + count - 1) >> 32

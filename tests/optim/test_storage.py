@@ -7,8 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from torchao.optim.subclass_fp8 import OptimStateFp8
 
-from lightning_stosign import StatePrecision
+from lightning_stosign import StatePrecision, state_bytes
 from lightning_stosign.optim.rounding import power_of_two_scale
 from lightning_stosign.optim.storage import (
     dequantize,
@@ -139,3 +140,10 @@ def test_static_scale_moves_the_range():
     precision = StatePrecision.parse("fp8-raw:static_scale=1024")
     stored, _ = quantize(torch.tensor([2.0**-19, 2.0**-20]), precision, static_scale=1024.0)
     assert dequantize(stored, None, precision, static_scale=1024.0).tolist() == [2.0**-19, 0.0]
+
+
+def test_bytes_of_a_tensor_subclass_are_those_of_what_it_is_made_of():
+    x = torch.nn.Parameter(torch.zeros(4096))
+    optimizer = torch.optim.SGD([x])
+    optimizer.state[x] = {"exp_avg": OptimStateFp8.zeros((4096,), 256), "step": torch.tensor(1.0)}
+    assert state_bytes(optimizer) == 4096 + 16 * 4
