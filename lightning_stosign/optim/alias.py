@@ -174,7 +174,8 @@ class ALIAS(StrictOptimizer):
             moved = ((param, self._point_before(index, param, group)) for index, param, group in self._params())
             points = {param: point for param, point in moved if point is not None}
             before = dict(zip(points, gradients_at(list(points), list(points.values()), closure), strict=True))
-        loss = None
+        # Without a closure: a step of size 0, by which torch.distributed.checkpoint makes the states that it loads.
+        loss = options["loss_lower_bound"] if options["same_batch"] else None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
@@ -184,7 +185,7 @@ class ALIAS(StrictOptimizer):
             for index, param, group in updates:
                 grad = local_grad(param).to(torch.promote_types(param.dtype, torch.float32))
                 self._step_param(index, param, grad, self.state[param], group)
-        return loss
+        return None if closure is None else loss
 
     def _measures(self) -> bool:
         """Return whether this step computes a second gradient."""

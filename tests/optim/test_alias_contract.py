@@ -4,7 +4,10 @@ import copy
 import io
 import math
 import pickle
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -326,3 +329,11 @@ def test_missing_closure_is_explained():
     with pytest.raises(RuntimeError, match=r"loss_lower_bound=0.0 needs .* a closure that returns the loss"):
         ALIAS([x], loss_lower_bound=0.0).step(lambda: None)
     assert torch.equal(x.detach(), torch.ones(2))
+
+
+@pytest.mark.slow
+def test_sharded_model_trains_like_the_whole_with_one_communication_a_step():
+    script = Path(__file__).with_name("alias_shards.py")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert result.returncode == 0, result.stderr
