@@ -101,6 +101,21 @@ def test_one_compilation_serves_all_shapes_steps_and_learning_rates():
     assert counters["stats"]["unique_graphs"] == before
 
 
+@slow
+def test_nothing_is_compiled_after_the_second_of_200_steps_with_a_scheduler():
+    params = [nn.Parameter(torch.randn(shape)) for shape in SHAPES]
+    optimizer = StoSignSGD(params, lr=1e-2, weight_decay=0.1, state_precision="fp8", fused=True)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 200)
+    for number in range(200):
+        if number == 2:
+            before = counters["stats"]["unique_graphs"]
+        for param in params:
+            param.grad = torch.randn(param.shape)
+        optimizer.step()
+        scheduler.step()
+    assert counters["stats"]["unique_graphs"] == before
+
+
 def test_a_run_goes_on_alike_when_the_path_changes():
     params, optimizer = train(steps=3, fused=True)
     others = [nn.Parameter(p.detach().clone()) for p in params]
