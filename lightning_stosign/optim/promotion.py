@@ -1,14 +1,16 @@
 """Moving one parameter's states to wider storage in the middle of a run."""
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
 from lightning_stosign.optim._low_precision import LowPrecisionOptimizer
 from lightning_stosign.optim.emulation import emulated_precision, is_moment
+from lightning_stosign.optim.sharding import local, shard_of
 from lightning_stosign.optim.state_precision import FLOAT32, OVERRIDE, StatePrecision, precision_of
 from lightning_stosign.optim.storage import SCALE_SUFFIX, init_state, read_state, write_state
 
@@ -64,6 +66,7 @@ def promote_state(optimizer: Optimizer, param: Tensor) -> StatePrecision:
 
     What has been rounded to zero stays zero until the next steps fill it. The new precision becomes part of the
     parameter's state, where it goes before the param group's: a state_dict keeps it, and a loaded one brings it back.
+    Every rank has to call this of a sharded parameter; its states skip fp8-block, whose blocks the shards would cut.
 
     Args:
         optimizer: :class:`StoSignSGD`, :class:`SignSGD`, or an optimizer under :func:`emulate_state_precision`.
@@ -90,6 +93,8 @@ def promote_state(optimizer: Optimizer, param: Tensor) -> StatePrecision:
             "optimizers with state_precision=..., or any under emulate_state_precision"
         )
     new = next_wider(old)
+    if new is not None and new.scaling == "block" and isinstance(optimizer, LowPrecisionOptimizer) and _is_cut(param):
+        new = next_wider(new)
     if new is None:
         raise ValueError(f"a parameter of shape {list(param.shape)} has its states in {old}: there is nothing wider")
     state = optimizer.state.get(param, {})
@@ -103,11 +108,30 @@ def promote_state(optimizer: Optimizer, param: Tensor) -> StatePrecision:
 
 
 def _store_anew(state: dict[str, Any], name: str, param: Tensor, old: StatePrecision, new: StatePrecision) -> None:
-    value = read_state(state, name, old)
-    state.pop(name + SCALE_SUFFIX, None)
-    init_state(state, name, param, new)
+    scale = name + SCALE_SUFFIX
+    value = read_state({key: local(state[key]) for key in (name, scale) if key in state}, name, old)
     # Exact, but for scales beyond bfloat16's range; there the envelope must still not fall below the momentum.
-    write_state(state, name, value, new, rounding="up" if name == "exp_inf" else "nearest")
+    rounding: Literal["nearest", "up"] = "up" if name == "exp_inf" else "nearest"
+    state.pop(scale, None)
+    init_state(state, name, param, new)
+    shard = shard_of(param)
+    if shard is None or not isinstance(param, DTensor):
+        write_state(state, name, value, new, rounding=rounding)
+        return
+    # A scale is that of the unsharded parameter's state, so that is put together for the moment.
+    whole: dict[str, Any] = {}
+    gathered = shard.wrap(value, param).full_tensor()
+    init_state(whole, name, gathered, new)
+    write_state(whole, name, gathered, new, rounding=rounding)
+    parts = distribute_tensor(whole[name].float(), param.device_mesh, param.placements, src_data_rank=None)
+    local(state[name]).copy_(parts.to_local())
+    if scale in whole:
+        state[scale].copy_(whole[scale])
+
+
+def _is_cut(param: Tensor) -> bool:
+    """Return whether a parameter is sharded, so that its blocks would be too."""
+    return isinstance(param, DTensor) and not all(placement.is_replicate() for placement in param.placements)
 
 
 def _group_of(optimizer: Optimizer, wanted: Tensor) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """A guarded run that tests start as a process of its own; Lightning launches the other ranks.
 
-python guard_script.py FOLDER STRATEGY DEVICES OPTIMIZER
+python guard_script.py FOLDER STRATEGY DEVICES OPTIMIZER STEPS
 """
 
 import sys
@@ -17,8 +17,6 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_stosign import StateCollapseGuard, StoSignSGD, emulate_state_precision
-
-STEPS = 8
 
 
 class Net(LightningModule):
@@ -49,7 +47,7 @@ class Net(LightningModule):
         return optimizer
 
 
-def main(folder: Path, strategy: Any, devices: int, optimizer: str) -> None:
+def main(folder: Path, strategy: Any, devices: int, optimizer: str, steps: int) -> None:
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
     if strategy == "fsdp2":
@@ -66,7 +64,7 @@ def main(folder: Path, strategy: Any, devices: int, optimizer: str) -> None:
         devices=devices,
         strategy=strategy,
         callbacks=[guard],
-        max_steps=STEPS,
+        max_steps=steps,
         use_distributed_sampler=False,  # the same data on each rank, so that the mean gradient is a single rank's
         logger=False,
         enable_checkpointing=False,
@@ -87,4 +85,4 @@ def main(folder: Path, strategy: Any, devices: int, optimizer: str) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), sys.argv[4])
+    main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), sys.argv[4], int(sys.argv[5]))

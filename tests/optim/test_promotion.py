@@ -7,8 +7,12 @@ from itertools import pairwise
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.testing._internal.distributed.fake_pg import FakeStore  # registers the "fake" backend
 
 from lightning_stosign import SignSGD, StatePrecision, StoSignSGD, emulate_state_precision, promote_state
 from lightning_stosign.health import read_moments
@@ -197,6 +201,27 @@ def test_other_parameters_keep_their_precision():
     assert state_precision_of(optimizer, params[1]) == exactly("fp8")
     for name, value in optimizer.state[params[1]].items():
         assert value.dtype == before[name].dtype and torch.equal(value.double(), before[name].double())
+
+
+@pytest.fixture
+def mesh():
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("cls", [StoSignSGD, SignSGD])
+def test_sharded_states_climb_without_blocks(mesh, cls):
+    param = torch.nn.Parameter(distribute_tensor(torch.full((3, 70), 0.5), mesh, [Shard(0)]))
+    optimizer = cls([param], lr=0.01, state_precision="fp8-raw:min_numel=0")
+    param.grad = distribute_tensor(torch.randn(3, 70, generator=torch.Generator().manual_seed(0)), mesh, [Shard(0)])
+    optimizer.step()
+    before = values(optimizer, param)
+    for expected in map(exactly, ("fp8", "bfloat16", "float32")):
+        assert promote_state(optimizer, param) == expected
+        after = values(optimizer, param)
+        assert all(torch.equal(after[name], value) for name, value in before.items()), expected
+        assert all(isinstance(optimizer.state[param][name], DTensor) for name in before)
 
 
 def test_an_emulated_parameter_is_rounded_to_its_own_precision_from_then_on():
