@@ -18,19 +18,22 @@ class Scripted(pl.LightningModule):
     """Ten weights ``x``, thirty weights ``y``, under AdamW, whose states get a share of zeros prescribed by step.
 
     A step of the script is the share (or a NaN or inf, which becomes the first entry), or {parameter: share}; it is
-    given to each of ``states``, the same entries, and the other entries are 1.
+    given to each of ``states``, the same entries, and the other entries are 1. With a precision the states are emulated
+    in it, before the script.
     """
 
-    def __init__(self, *script, states=("exp_avg", "exp_avg_sq"), lr=1e-12):
+    def __init__(self, *script, states=("exp_avg", "exp_avg_sq"), precision=None):
         super().__init__()
-        self.script, self.states, self.lr = script, states, lr
+        self.script, self.states, self.precision = script, states, precision
         self.x, self.y = nn.Parameter(torch.ones(10)), nn.Parameter(torch.ones(30))
 
     def training_step(self, batch, batch_idx):
         return self.x.square().sum() + self.y.square().sum()
 
     def configure_optimizers(self):
-        optimizer = torch.optim.AdamW(self.parameters(), lr=self.lr)
+        optimizer = torch.optim.AdamW(self.parameters(), lr=1e-12)
+        if self.precision is not None:
+            emulate_state_precision(optimizer, self.precision)
         optimizer.register_step_post_hook(self.follow_script)
         return optimizer
 

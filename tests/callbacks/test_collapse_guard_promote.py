@@ -9,7 +9,7 @@ import torch
 from fits import fit, scalars
 from scripted import DYING, HEALTHY, INF, Scripted, Underflowing, rows, run
 
-from lightning_stosign import StateCollapseGuard, emulate_state_precision
+from lightning_stosign import StateCollapseGuard
 from lightning_stosign.optim.promotion import state_precision_of
 
 LADDER = [
@@ -23,13 +23,9 @@ LADDER = [
 pytestmark = pytest.mark.filterwarnings("ignore:The state of .* has collapsed:RuntimeWarning")
 
 
-class ScriptedFP8(Scripted):
+def scripted(*script, **options):
     """As scripted, in raw E4M3."""
-
-    def configure_optimizers(self):
-        optimizer = super().configure_optimizers()
-        emulate_state_precision(optimizer, "fp8-raw:min_numel=0")
-        return optimizer
+    return Scripted(*script, precision=LADDER[0], **options)
 
 
 def promoting(**options):
@@ -45,7 +41,7 @@ def precisions(trainer, module):
 
 
 def test_a_sick_layer_moves_and_a_healthy_one_does_not():
-    module, guard = ScriptedFP8(HEALTHY, {"y": DYING}, HEALTHY), promoting()
+    module, guard = scripted(HEALTHY, {"y": DYING}, HEALTHY), promoting()
     trainer, messages = run(module, guard)
     assert guard.promotions == [{"step": 2, "layer": "y", "from": LADDER[0], "to": LADDER[1]}]
     assert precisions(trainer, module) == {"x": LADDER[0], "y": LADDER[1]}
@@ -56,14 +52,14 @@ def test_a_sick_layer_moves_and_a_healthy_one_does_not():
 
 
 def test_of_a_collapse_of_all_layers_together_those_move_that_are_sick_themselves():
-    module, guard = ScriptedFP8({"x": 0.4, "y": 0.8}), promoting(per_layer=False)
+    module, guard = scripted({"x": 0.4, "y": 0.8}), promoting(per_layer=False)
     run(module, guard)
     assert guard.collapsed_at == {"exp_avg_sq": 1}
     assert [promotion["layer"] for promotion in guard.promotions] == ["y"]
 
 
 def test_a_layer_that_stays_sick_climbs_the_ladder_with_the_same_patience_on_each_rung():
-    module, guard = ScriptedFP8(*[{"y": DYING}] * 12), promoting(patience=2)
+    module, guard = scripted(*[{"y": DYING}] * 12), promoting(patience=2)
     _, messages = run(module, guard)
     climbed = [(p["step"], p["from"], p["to"]) for p in guard.promotions]
     assert climbed == [(2 * i + 2, *LADDER[i : i + 2]) for i in range(4)]
@@ -74,14 +70,21 @@ def test_a_layer_that_stays_sick_climbs_the_ladder_with_the_same_patience_on_eac
 
 
 def test_a_layer_that_is_sick_in_two_ways_moves_once():
-    module, guard = ScriptedFP8({"y": DYING}, states=["exp_avg_sq"]), promoting()
+    module, guard = scripted({"y": DYING}, states=["exp_avg_sq"]), promoting()
     run(module, guard)
     assert guard.collapsed_at.keys() == {"exp_avg_sq/y", "exploding_fraction/y"}
     assert len(guard.promotions) == 1
 
 
+def test_a_layer_is_sick_since_its_first_sickness():
+    module, guard = scripted({"y": 0.6}, {"y": 0.8}), promoting(max_dead_fraction=0.7)
+    _, messages = run(module, guard)
+    assert guard.collapsed_at == {"exp_avg_sq/y": 1, "dead_fraction/y": 2}
+    assert rows(messages[-1])["y"]["since step"] == "1"
+
+
 def test_no_precision_heals_a_value_that_is_not_finite():
-    module, guard = ScriptedFP8({"x": INF, "y": DYING}, {"x": INF}), promoting()
+    module, guard = scripted({"x": INF, "y": DYING}, {"x": INF}), promoting()
     _, messages = run(module, guard)
     assert [promotion["layer"] for promotion in guard.promotions] == ["y"]
     assert len(messages) == 1
@@ -123,7 +126,7 @@ def test_it_is_said_once_that_nothing_can_be_promoted(per_layer):
 
 def test_the_number_of_promotions_is_logged(tmp_path):
     guard = promoting()
-    run(ScriptedFP8({"x": DYING}, {"x": DYING, "y": DYING}, HEALTHY), guard, folder=tmp_path)
+    run(scripted({"x": DYING}, {"x": DYING, "y": DYING}, HEALTHY), guard, folder=tmp_path)
     assert scalars(tmp_path)["optimizer_state/promotions"] == {0: 1, 1: 3}
 
 
