@@ -1,4 +1,4 @@
-"""The torchmetrics, in one process, against float64 numpy; test_sharded.py has them over two."""
+"""The torchmetrics, in one process, against float64 numpy; test_sharded_statistics.py has them over two."""
 
 import copy
 import pickle
