@@ -15,7 +15,7 @@ test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(WORKERS)
 
 test-slow: $(INSTALLED)
-	$(BIN)/python -m pytest -m slow $(WORKERS)
+	$(BIN)/python -m pytest -m slow $(WORKERS) $(TESTS)
 
 test-gpu: $(INSTALLED)
 	$(BIN)/python -m pytest -m gpu
