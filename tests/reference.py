@@ -89,6 +89,26 @@ def round_up(values, table):
     return table[np.searchsorted(table, np.minimum(values, table[-1]), side="left")]
 
 
+E2M1 = float_format_values(2, 1, 1, 6.0)
+
+
+def fp4(values, rounding=round_nearest, block=16):
+    """Four-bit storage, float64: the bytes, the block scales, the tensor's scale, and the values that are read back."""
+    values = values.astype(float).ravel()
+    amax = np.abs(values).max()
+    tensor_scale = 2.0 ** max(np.ceil(np.log2(amax / (448 * 6))), -126) if amax > 0 else 1.0
+    codes, scales, read = [], [], []
+    for start in range(0, values.size, block):
+        part = np.pad(values[start : start + block], (0, max(start + block - values.size, 0)))
+        wanted = max(np.abs(part).max() / 6 / tensor_scale, 2.0**-6)
+        scales.append(round_up(np.array([wanted]), FORMATS["float8_e4m3fn"])[0])
+        rounded = rounding(part / (scales[-1] * tensor_scale), E2M1)
+        read.extend(rounded * scales[-1] * tensor_scale)
+        codes.extend(np.searchsorted(E2M1, np.abs(rounded)) + 8 * np.signbit(rounded))
+    pairs = np.array(codes, dtype=np.uint8).reshape(-1, 2)
+    return pairs[:, 0] + 16 * pairs[:, 1], np.array(scales), tensor_scale, np.array(read)[: values.size]
+
+
 def sign_converted_adamax(x, grads, lr, beta1, beta2, eps, weight_decay, noises):
     """Algorithm 9 for AdaMax, float64. Returns the iterates."""
     m, u, iterates = np.zeros_like(x), np.zeros_like(x), []

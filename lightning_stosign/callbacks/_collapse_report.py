@@ -10,7 +10,8 @@ from torch.optim import Optimizer
 
 from lightning_stosign.callbacks._collapse_look import Look
 from lightning_stosign.health.snapshot import Snapshot
-from lightning_stosign.optim.emulation import is_moment, state_degree
+from lightning_stosign.optim.emulation import as_stored, is_moment, state_degree
+from lightning_stosign.optim.fp4 import E2M1_MAX
 from lightning_stosign.optim.promotion import state_precision_of
 from lightning_stosign.optim.state_precision import StatePrecision
 
@@ -69,6 +70,9 @@ def smallest_number(precision: StatePrecision, degree: int, largest: float) -> f
         >>> smallest_number(StatePrecision.parse("fp8"), degree=2, largest=448 / 1024) * 1024
         0.001953125
     """
+    if precision.is_fp4:
+        stored = as_stored(torch.tensor([largest]), precision).item()  # as 6 times the scale of its block
+        return 0.5 * stored / E2M1_MAX
     info = torch.finfo(precision.dtype)
     smallest = info.smallest_normal * info.eps
     if precision.scaling == "none":

@@ -10,14 +10,9 @@ from torch.distributed import ProcessGroup, ReduceOp, all_reduce
 from lightning_stosign.health.sharding import Layout
 from lightning_stosign.health.statistics import PART_SIZE, abs_max, count, sum_dtype
 from lightning_stosign.optim.emulation import as_stored
-from lightning_stosign.optim.fp4 import FP4_BLOCK_SIZE, round_fp4_block
 from lightning_stosign.optim.state_precision import StatePrecision
 
 Format = StatePrecision | str
-
-FP4_BLOCK = "fp4-block"
-
-_FP4_MIN_NUMEL = 4096  # as of a StatePrecision
 
 
 class Share(NamedTuple):
@@ -54,15 +49,10 @@ def check_format(format: Format) -> None:
 
     Args:
         format: a :class:`StatePrecision` or its name, e.g. ``"fp8"``, ``"fp8-raw:dtype=float8_e5m2"``,
-            ``"fp8-block"``, ``"bfloat16"``; or ``"fp4-block"``: four bits in blocks of 16, NVFP4's way. What it would
-            leave in float32 for being small (``min_numel``) loses nothing.
+            ``"fp8-block"``, ``"bfloat16"``, ``"fp4-block"``. What it would leave in float32 for being small
+            (``min_numel``) loses nothing.
     """
-    if format == FP4_BLOCK:
-        return
-    try:
-        precision = StatePrecision.parse(format)
-    except ValueError as error:
-        raise ValueError(f"{error}; a forecast also takes {FP4_BLOCK!r}") from error
+    precision = StatePrecision.parse(format)
     if precision.stochastic_rounding:
         raise ValueError(f"{format!r}: stochastic rounding is not forecast; accepted: rounding to nearest")
 
@@ -223,15 +213,11 @@ class _Rounding:
 
     def __init__(self, layout: Layout, format: Format, degree: int) -> None:
         self._layout = layout
-        if format == FP4_BLOCK:
-            self._block, self._has_tensor_scale, min_numel = FP4_BLOCK_SIZE, True, _FP4_MIN_NUMEL
-            self.round: Callable[[Tensor], Tensor] = round_fp4_block
-        else:
-            precision = StatePrecision.parse(format)
-            self._block = precision.block_size if precision.scaling == "block" else 1
-            self._has_tensor_scale, min_numel = precision.scaling == "tensor", precision.min_numel
-            self.round = lambda value: as_stored(value, precision, degree)
-        self.applies = layout.numel >= min_numel
+        precision = StatePrecision.parse(format)
+        self._block = precision.block_size if precision.scaling == "block" else 1
+        self._has_tensor_scale = precision.has_tensor_scale
+        self.round: Callable[[Tensor], Tensor] = lambda value: as_stored(value, precision, degree)
+        self.applies = layout.numel >= precision.min_numel
         self._cuts = [cut for cut in layout.cuts if cut % self._block]
 
     def parts(self, value: Tensor) -> Iterator[slice]:

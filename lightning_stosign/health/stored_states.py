@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from lightning_stosign.optim.emulation import is_moment
 from lightning_stosign.optim.state_precision import FLOAT32, precision_of
-from lightning_stosign.optim.storage import SCALE_SUFFIX, read_state
+from lightning_stosign.optim.storage import SCALE_SUFFIX, is_packed, read_state
 
 Group = Mapping[str, Any]
 State = Mapping[str, Any]
@@ -40,13 +40,15 @@ def read_stored(optimizer: Optimizer, param: Tensor, group: Group, state: State)
     Returns:
         Values by state, float32 or float64; do not change them.
     """
-    names = [name for name, value in state.items() if is_moment(name, value, param) and not _is_scale(name, state)]
+    names = [
+        name
+        for name, value in state.items()
+        if (is_moment(name, value, param) or is_packed(state, name)) and not _is_scale(name, state)
+    ]
     precision = precision_of(state, group) or FLOAT32
     return {
         name: in_float32(
-            state[name].dequantize()
-            if _knows_how_to_dequantize(state[name])
-            else read_state(dict(state), name, precision)
+            state[name].dequantize() if _knows_how_to_dequantize(state[name]) else read_state(state, name, precision)
         )
         for name in names
     }

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_stosign.optim.storage import SHAPE_SUFFIX, is_packed
+
 Shape = tuple[int, ...]
 
 _BUFFERS = ("running_mean", "running_var")  # torch.nn's batch and instance norms
@@ -85,13 +87,17 @@ def candidates_of(weights: Mapping[str, Any]) -> list[tuple[str, Shape]]:
 def parameter_shape(state: Mapping[str, Any]) -> Shape | None:
     """Return the shape of the parameter that a saved state belongs to, None where the state does not tell.
 
-    Most states have their parameter's shape; factored second moments (Adafactor's) broadcast to it; what goes with a
-    quantised state (scales, code books) is smaller than it.
+    Four-bit states come with it. Most others have their parameter's shape; factored second moments (Adafactor's)
+    broadcast to it; what goes with a quantised state (scales, code books) is smaller than it.
 
     Example:
         >>> parameter_shape({"step": torch.tensor(3.0), "row_var": torch.ones(4, 1), "col_var": torch.ones(1, 2)})
         (4, 2)
     """
+    for name in state:
+        shape = state.get(name + SHAPE_SUFFIX)
+        if is_packed(state, name) and isinstance(shape, Tensor) and shape.dtype == torch.int64 and shape.dim() == 1:
+            return tuple(shape.tolist())
     tensors = [v for v in state.values() if isinstance(v, Tensor) and v.dim() > 0 and _may_hold_values(v)]
     if not tensors:
         return None

@@ -11,7 +11,7 @@ from lightning_stosign.health.readers import Moments, read_moments
 from lightning_stosign.inspection.checkpoint import printable
 from lightning_stosign.inspection.optimizer_signatures import identify
 from lightning_stosign.inspection.parameter_names import candidates_of, match_names, parameter_shape
-from lightning_stosign.optim.storage import SCALE_SUFFIX
+from lightning_stosign.optim.storage import SCALE_SUFFIX, is_packed
 
 
 class SavedParameter:
@@ -39,6 +39,8 @@ class SavedParameter:
         """Return how a state is stored, e.g. ``"float32"`` or ``"float8_e4m3fn with scale"``."""
         value: Tensor = self.state[state]
         stored = str(value.dtype).removeprefix("torch.") if type(value) is Tensor else type(value).__name__
+        if is_packed(self.state, state):
+            stored = "float4_e2m1"
         return f"{stored} with scale" if state + SCALE_SUFFIX in self.state else stored
 
 

@@ -9,7 +9,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_stosign.optim._low_precision import LowPrecisionOptimizer
 from lightning_stosign.optim.state_precision import StatePrecision, precision_of
-from lightning_stosign.optim.storage import dequantize, quantize
+from lightning_stosign.optim.storage import round_trip
 
 # How a state scales when all gradients are multiplied by s: by s ** degree; 1 where it is not listed.
 _DEGREES = {
@@ -132,6 +132,4 @@ def as_stored(value: Tensor, precision: StatePrecision, degree: int = 1) -> Tens
         precision: the storage format.
         degree: the state's :func:`state_degree`, for ``precision.static_scale``.
     """
-    static_scale = precision.static_scale**degree
-    stored, scale = quantize(value, precision, static_scale=static_scale)
-    return dequantize(stored, scale, precision, static_scale=static_scale)
+    return round_trip(value, precision, static_scale=precision.static_scale**degree)

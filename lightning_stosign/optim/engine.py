@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_stosign.optim.fp4_rows import Fp4Rows
 from lightning_stosign.optim.fused import ROW, compiled_largest, compiled_update
 from lightning_stosign.optim.noise import Stream, hash_words, weyl_sequence
 from lightning_stosign.optim.sharding import Shard, local, max_over_shards, shard_of
-from lightning_stosign.optim.storage import SCALE_SUFFIX
-from lightning_stosign.optim.update import Constants, Noise, RowNoise, RunNoise, UpdateSpec
+from lightning_stosign.optim.storage import SCALE_SUFFIX, TENSOR_SCALE_SUFFIX
+from lightning_stosign.optim.update import Constants, Noise, RowNoise, RunNoise, StoredRows, UpdateSpec
 
 # Values that an eager pass goes over at a time: on the CPU 1 MiB of float32, so that the passes stay in the cache.
 _CHUNK, _ACCELERATOR_CHUNK = 1 << 18, 1 << 26
@@ -36,7 +37,7 @@ class Job:
         keys: this step's noise keys.
         constants: the numbers of the step.
         compiled: whether to take the compiled path where it fits.
-        largest: :meth:`Rule.largest` of the whole parameter, under ``scaling="tensor"``.
+        largest: :meth:`Rule.largest` of the whole parameter, where its states have a scale each.
     """
 
     whole: Tensor
@@ -58,6 +59,12 @@ class Job:
     def scales(self) -> list[Tensor | None]:
         """The scales of the state tensors."""
         return [self.state.get(name + SCALE_SUFFIX) for name in self.spec.rule.states]
+
+    @property
+    def tensor_scales(self) -> list[Tensor]:
+        """The scales that depend on all of a state's values, where there are such."""
+        suffix = TENSOR_SCALE_SUFFIX if self.spec.precision.is_fp4 else SCALE_SUFFIX
+        return [self.state[name + suffix] for name in self.spec.rule.states]
 
     @property
     def shard(self) -> Shard | None:
@@ -90,7 +97,7 @@ def run(jobs: Sequence[Job]) -> None:
 
     Communicates where a sharded parameter's states have one scale: the largest value is that of all shards.
     """
-    scaled = [job for job in jobs if job.spec.precision.scaling == "tensor" and job.spec.rule.states]
+    scaled = [job for job in jobs if job.spec.precision.has_tensor_scale and job.spec.rule.states]
     for job in scaled:
         job.largest = _largest(job)
     max_over_shards((job.whole, job.largest) for job in scaled if job.largest is not None)
@@ -110,20 +117,19 @@ def _run_alone(job: Job) -> None:
         new_scales = job.spec.rule.cover(job.largest, job.spec.precision)
     flat = [_flat(tensor) for tensor in (job.param, job.grad, *job.stored)]
     for first, count, row in _spans(job):
-        part = slice(first, first + count)
-        rows = [tensor[part].view(-1, row) for tensor in flat]
-        scales = [_part_of_scale(scale, first, count, job.spec.precision.block_size) for scale in job.scales]
         if _compiles(job, count, row):
+            rows = _rows(flat, first, count, row)
+            scales = _scales(job, first, count)
             words = torch.tensor([_words(job, first)], dtype=torch.int32, device=job.param.device)
             sequence = _row_sequence(count // row, row, job.param.device)
             words = words.expand(count // row, -1)
             compiled_update(job.spec, rows, scales, new_scales, words, sequence, job.constants)
         else:
-            states = job.spec.stored(rows[0], rows[2:], scales, new_scales)
-            job.spec.update(rows[0], rows[1], states, _noise(job, first, rows[0]), job.constants)
+            param, grad = _rows(flat[:2], first, count, row)
+            states = _states(job, flat[2:], first, count, row, new_scales)
+            job.spec.update(param, grad, states, _noise(job, first, param), job.constants)
     if new_scales is not None:
-        for scale, new in zip(job.scales, new_scales, strict=True):
-            assert scale is not None
+        for scale, new in zip(job.tensor_scales, new_scales, strict=True):
             scale.copy_(new)
     for tensor, values in zip((job.param, *job.stored), (flat[0], *flat[2:]), strict=True):
         if not tensor.is_contiguous():
@@ -185,19 +191,45 @@ def _batch_layout(sizes: tuple[int, ...], device: torch.device) -> tuple[Tensor,
 
 
 def _largest(job: Job) -> Tensor:
-    param, grad, *stored = (_flat(tensor) for tensor in (job.param, job.grad, *job.stored))
+    flat = [_flat(tensor) for tensor in (job.param, job.grad, *job.stored)]
     found = []
     for first, count, row in _spans(job):
-        part = slice(first, first + count)
-        rows = [tensor[part].view(-1, row) for tensor in (param, grad, *stored)]
         if _compiles(job, count, row):
-            found.append(compiled_largest(job.spec, rows, job.scales, job.constants))
+            found.append(compiled_largest(job.spec, _rows(flat, first, count, row), job.scales, job.constants))
         else:
-            states = job.spec.stored(rows[0], rows[2:], job.scales)
-            found.append(job.spec.largest(rows[0], rows[1], states, job.constants))
+            param, grad = _rows(flat[:2], first, count, row)
+            found.append(job.spec.largest(param, grad, _states(job, flat[2:], first, count, row), job.constants))
     if not found:  # a shard without values
-        return torch.zeros(len(stored), dtype=torch.float32, device=param.device)
+        return torch.zeros(len(flat) - 2, dtype=torch.float32, device=job.param.device)
     return torch.stack(found).amax(dim=0)
+
+
+def _rows(flat: Sequence[Tensor], first: int, count: int, row: int) -> list[Tensor]:
+    return [tensor[first : first + count].view(-1, row) for tensor in flat]
+
+
+def _states(
+    job: Job, flat: Sequence[Tensor], first: int, count: int, row: int, new_scales: Tensor | None = None
+) -> Sequence[StoredRows]:
+    """Return the states of rows of ``row`` values, ``count`` in all, which begin at value ``first``."""
+    scales = _scales(job, first, count)
+    if not job.spec.precision.is_fp4:
+        return job.spec.stored(job.param, _rows(flat, first, count, row), scales, new_scales)
+    size = job.spec.precision.block_size
+    blocks = slice(first // size, -(-(first + count) // size))
+    return [
+        Fp4Rows(
+            stored.view(-1, size // 2)[blocks],
+            job.spec.precision,
+            scale,
+            tensor_scale,
+            None if new_scales is None else new_scales[i],
+            torch.promote_types(job.param.dtype, torch.float32),
+            row,
+        )
+        for i, (stored, scale, tensor_scale) in enumerate(zip(flat, scales, job.tensor_scales, strict=True))
+        if scale is not None
+    ]
 
 
 def _spans(job: Job) -> Iterator[tuple[int, int, int]]:
@@ -222,8 +254,9 @@ def _spans(job: Job) -> Iterator[tuple[int, int, int]]:
 
 
 def _compiles(job: Job, count: int, row: int) -> bool:
-    # torch.compile treats a size of 1 apart.
-    return job.compiled and job.start is not None and count >= 2 * row and job.param.dtype != torch.float64
+    # torch.compile treats a size of 1 apart. Four-bit states are not compiled.
+    compiled = job.compiled and not job.spec.precision.is_fp4
+    return compiled and job.start is not None and count >= 2 * row and job.param.dtype != torch.float64
 
 
 def _chunk(device: torch.device) -> int:
@@ -244,10 +277,11 @@ def _flat(tensor: Tensor) -> Tensor:
     return tensor.detach().reshape(-1)
 
 
-def _part_of_scale(scale: Tensor | None, first: int, count: int, block_size: int) -> Tensor | None:
-    if scale is None or scale.dim() == 0:
-        return scale
-    return scale[first // block_size : -(-(first + count) // block_size)]
+def _scales(job: Job, first: int, count: int) -> list[Tensor | None]:
+    """Return the states' scales, of blocks those that ``count`` values from ``first`` on are in."""
+    size = job.spec.precision.block_size
+    blocks = slice(first // size, -(-(first + count) // size))
+    return [scale if scale is None or scale.dim() == 0 else scale[blocks] for scale in job.scales]
 
 
 @lru_cache(maxsize=64)

@@ -12,13 +12,14 @@ from lightning_stosign.optim._low_precision import LowPrecisionOptimizer
 from lightning_stosign.optim.emulation import emulated_precision, is_moment
 from lightning_stosign.optim.sharding import local, shard_of
 from lightning_stosign.optim.state_precision import FLOAT32, OVERRIDE, StatePrecision, precision_of
-from lightning_stosign.optim.storage import SCALE_SUFFIX, init_state, read_state, write_state
+from lightning_stosign.optim.storage import SCALE_SUFFIX, companions, init_state, is_packed, read_state, write_state
 
 
 def next_wider(precision: StatePrecision) -> StatePrecision | None:
     """Return the next wider storage: fp8-raw, fp8, fp8-block, bfloat16, float32; after it None.
 
-    Each FP8 dtype climbs through its own scalings; float16 goes straight to float32, since bfloat16 has fewer digits.
+    fp4-block goes to fp8-block, each FP8 dtype climbs through its own scalings, and float16 goes straight to float32,
+    since bfloat16 has fewer digits.
 
     Example:
         >>> str(next_wider(StatePrecision.parse("fp8")))
@@ -26,6 +27,13 @@ def next_wider(precision: StatePrecision) -> StatePrecision | None:
     """
     if precision.dtype is torch.float32:
         return None
+    if precision.is_fp4:
+        return StatePrecision(
+            torch.float8_e4m3fn,
+            "block",
+            stochastic_rounding=precision.stochastic_rounding,
+            min_numel=precision.min_numel,
+        )
     if not precision.is_fp8:
         return replace(FLOAT32, min_numel=precision.min_numel)
     if precision.scaling == "none":
@@ -62,8 +70,9 @@ def state_precision_of(optimizer: Optimizer, param: Tensor) -> StatePrecision | 
 
 
 def promote_state(optimizer: Optimizer, param: Tensor) -> StatePrecision:
-    """Move one parameter's states to the next wider storage (:func:`next_wider`), values unchanged; return it.
+    """Move one parameter's states to the next wider storage (:func:`next_wider`) and return it.
 
+    Values stay as they are, but that fp8-block rounds those of fp4-block, whose block scales have digits too.
     What has been rounded to zero stays zero until the next steps fill it. The new precision becomes part of the
     parameter's state, where it goes before the param group's: a state_dict keeps it, and a loaded one brings it back.
     Every rank has to call this of a sharded parameter; its states skip fp8-block, whose blocks the shards would cut.
@@ -101,18 +110,20 @@ def promote_state(optimizer: Optimizer, param: Tensor) -> StatePrecision:
     if not state:
         raise ValueError(f"a parameter of shape {list(param.shape)} has no state yet: it has had no step")
     if isinstance(optimizer, LowPrecisionOptimizer):
-        for name in [n for n, v in state.items() if is_moment(n, v, param) and not n.endswith(SCALE_SUFFIX)]:
-            _store_anew(state, name, param, old, new)
+        for name in [n for n, v in state.items() if is_moment(n, v, param) or is_packed(state, n)]:
+            if not name.endswith(SCALE_SUFFIX):
+                _store_anew(state, name, param, old, new)
     state[OVERRIDE] = str(new).encode()
     return new
 
 
 def _store_anew(state: dict[str, Any], name: str, param: Tensor, old: StatePrecision, new: StatePrecision) -> None:
-    scale = name + SCALE_SUFFIX
-    value = read_state({key: local(state[key]) for key in (name, scale) if key in state}, name, old)
-    # Exact, but for scales beyond bfloat16's range; there the envelope must still not fall below the momentum.
+    old_entries = [name, *companions(state, name)]
+    value = read_state({key: local(state[key]) for key in old_entries}, name, old)
+    # Exact, but for fp4-block and for scales beyond bfloat16's range; the envelope must not fall below the momentum.
     rounding: Literal["nearest", "up"] = "up" if name == "exp_inf" else "nearest"
-    state.pop(scale, None)
+    for key in old_entries:
+        del state[key]
     init_state(state, name, param, new)
     shard = shard_of(param)
     if shard is None or not isinstance(param, DTensor):
@@ -125,8 +136,8 @@ def _store_anew(state: dict[str, Any], name: str, param: Tensor, old: StatePreci
     write_state(whole, name, gathered, new, rounding=rounding)
     parts = distribute_tensor(whole[name].float(), param.device_mesh, param.placements, src_data_rank=None)
     local(state[name]).copy_(parts.to_local())
-    if scale in whole:
-        state[scale].copy_(whole[scale])
+    for key in companions(whole, name):
+        state[key].copy_(whole[key])
 
 
 def _is_cut(param: Tensor) -> bool:

@@ -13,6 +13,7 @@ from lightning_stosign.optim._low_precision import LowPrecisionOptimizer
 from lightning_stosign.optim.noise import Stream
 from lightning_stosign.optim.rounding import power_of_two_scale
 from lightning_stosign.optim.state_precision import StatePrecision
+from lightning_stosign.optim.storage import largest_number
 from lightning_stosign.optim.update import Constants, Noise, Rule, StoredRows
 
 
@@ -44,7 +45,7 @@ class SignRule(Rule):
 
     def cover(self, largest: Tensor, precision: StatePrecision) -> Tensor:
         """Return the scale of m."""
-        return power_of_two_scale(largest, torch.finfo(precision.dtype).max)
+        return power_of_two_scale(largest, largest_number(precision))
 
     def _momentum(self, grad: Tensor, exp_avg: StoredRows, constants: Constants) -> Tensor:
         # m_t = beta m_{t-1} + (1 - beta) g_t

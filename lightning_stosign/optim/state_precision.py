@@ -10,7 +10,11 @@ import torch
 from torch import Tensor
 
 FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
-_DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float32, torch.bfloat16, torch.float16, *FP8_DTYPES)}
+# The name of the format; before torch 2.8, which has none, what holds it everywhere: bytes.
+FP4_DTYPE: torch.dtype = getattr(torch, "float4_e2m1fn_x2", torch.uint8)
+_DTYPES = {
+    str(d).removeprefix("torch."): d for d in (torch.float32, torch.bfloat16, torch.float16, *FP8_DTYPES, FP4_DTYPE)
+}
 
 
 @dataclass(frozen=True)
@@ -20,12 +24,16 @@ class StatePrecision:
     A state is stored as ``value / scale`` rounded to ``dtype``. Scales are powers of two (as in the OCP microscaling
     formats), so that scaling and unscaling are exact and storing an unchanged state again changes nothing.
 
+    In four bits (E2M1, NVFP4's way: :mod:`lightning_stosign.optim.fp4`) two values share a byte of a uint8 tensor, and
+    the blocks' scales, rounded up to E4M3, a power of two a tensor: with 16 values a block 4.5 bits a value.
+
     Args:
-        dtype: ``torch.float32``, ``bfloat16``, ``float16``, ``float8_e4m3fn`` or ``float8_e5m2``, or the name of one.
+        dtype: ``torch.float32``, ``bfloat16``, ``float16``, ``float8_e4m3fn``, ``float8_e5m2`` or (torch >= 2.8, with
+            ``scaling="block"``) ``float4_e2m1fn_x2``, or the name of one.
         scaling: ``"none"``; ``"tensor"``: one float32 scale a tensor, the smallest power of two that brings the
             tensor's largest magnitude into the format's range; ``"block"``: the same for each ``block_size``
-            consecutive values in row-major order. Scaling needs a dtype of limited range (float16 or FP8).
-        block_size: values that share a scale under ``scaling="block"``.
+            consecutive values in row-major order. Scaling needs a dtype of limited range (float16, FP8 or FP4).
+        block_size: values that share a scale under ``scaling="block"``; an even number in four bits.
         stochastic_rounding: round the momentum up or down at random, without bias, instead of to the nearest value.
             The envelope ``exp_inf`` is always rounded up.
         static_scale: with ``scaling="none"`` and a dtype of limited range, a fixed factor ``s``, a power of two: states
@@ -71,7 +79,12 @@ class StatePrecision:
         if not (math.isfinite(self.static_scale) and math.frexp(self.static_scale)[0] == 0.5):
             raise ValueError(f"static_scale={self.static_scale} must be a power of two, such as 1024, to scale exactly")
         object.__setattr__(self, "static_scale", float(self.static_scale))
-        limited = self.dtype is torch.float16 or self.is_fp8
+        if self.is_fp4 and (self.scaling != "block" or self.block_size % 2 != 0):
+            raise ValueError(
+                f"scaling={self.scaling!r}, block_size={self.block_size} with dtype={self.dtype}: four bits need "
+                "scaling='block' and an even block_size, such as 16"
+            )
+        limited = self.dtype is torch.float16 or self.is_fp8 or self.is_fp4
         if self.scaling != "none" and not limited:
             raise ValueError(f"scaling={self.scaling!r} has no use with dtype={self.dtype}, which has float32's range")
         if self.static_scale != 1.0 and (self.scaling != "none" or not limited):
@@ -87,6 +100,16 @@ class StatePrecision:
         """Whether the dtype is one of the two FP8 formats."""
         return self.dtype in FP8_DTYPES
 
+    @property
+    def is_fp4(self) -> bool:
+        """Whether states are stored in four bits."""
+        return self.dtype is FP4_DTYPE
+
+    @property
+    def has_tensor_scale(self) -> bool:
+        """Whether there is a scale that depends on all of a tensor's values."""
+        return self.scaling == "tensor" or self.is_fp4
+
     def applies_to(self, param: Tensor) -> bool:
         """Return whether a parameter's states are stored so, and not in float32 for being small."""
         return param.numel() >= self.min_numel
@@ -97,8 +120,9 @@ class StatePrecision:
 
         Args:
             spec: ``"float32"``, ``"bfloat16"``, ``"float16"``, ``"fp8"`` (E4M3, one scale a tensor), ``"fp8-raw"``
-                (E4M3, no scale) or ``"fp8-block"`` (E4M3, one scale a block), optionally with fields set after a
-                colon: ``"fp8-raw:static_scale=1024"``, ``"fp8:dtype=float8_e5m2,stochastic_rounding=true"``.
+                (E4M3, no scale), ``"fp8-block"`` (E4M3, one scale a block) or ``"fp4-block"`` (E2M1, an E4M3 scale for
+                each 16 values and one a tensor), optionally with fields set after a colon:
+                ``"fp8-raw:static_scale=1024"``, ``"fp8:dtype=float8_e5m2,stochastic_rounding=true"``.
                 A :class:`StatePrecision` is returned as it is.
 
         Raises:
@@ -115,6 +139,8 @@ class StatePrecision:
         """Return the shortest name that :meth:`parse` turns back into this value."""
         if self.is_fp8:
             name = {"none": "fp8-raw", "tensor": "fp8", "block": "fp8-block"}[self.scaling]
+        elif self.is_fp4:
+            name = "fp4-block"
         else:
             name = str(self.dtype).removeprefix("torch.")
         preset = _PRESETS[name]
@@ -151,6 +177,7 @@ _PRESETS = {
     "fp8": StatePrecision(torch.float8_e4m3fn, "tensor"),
     "fp8-raw": StatePrecision(torch.float8_e4m3fn),
     "fp8-block": StatePrecision(torch.float8_e4m3fn, "block"),
+    "fp4-block": StatePrecision(FP4_DTYPE, "block", block_size=16),
 }
 
 

@@ -1,18 +1,31 @@
 """Storing optimizer states: rounding to low precision, with or without a scale, and back."""
 
-from typing import Any, Literal
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from lightning_stosign.optim.fp4 import (
+    E2M1_MAX,
+    FP4_LARGEST,
+    SCALE_DTYPE,
+    fp4_block_scales,
+    fp4_tensor_scale,
+    read_fp4,
+    store_fp4,
+)
 from lightning_stosign.optim.noise import uniform_fraction
 from lightning_stosign.optim.rounding import power_of_two_scale, round_stochastically, round_to_nearest, round_up
 from lightning_stosign.optim.sharding import local
 from lightning_stosign.optim.state_precision import StatePrecision
 
 SCALE_SUFFIX = "_scale"
+TENSOR_SCALE_SUFFIX = "_scale_scale"  # of four-bit states, whose block scales have a scale themselves
+SHAPE_SUFFIX = "_shape"  # likewise: bytes do not tell
 
 
 def quantize(
@@ -23,7 +36,7 @@ def quantize(
     key: int | None = None,
     static_scale: float = 1.0,
 ) -> tuple[Tensor, Tensor | None]:
-    """Round a state to its storage format.
+    """Round a state to its storage format, if that is not one of four bits.
 
     Values beyond the format's range become its largest value; NaN stays NaN.
 
@@ -64,11 +77,69 @@ def dequantize(stored: Tensor, scale: Tensor | None, precision: StatePrecision, 
     return value.div_(static_scale) if static_scale != 1.0 else value
 
 
-def read_state(state: dict[str, Any], name: str, precision: StatePrecision) -> Tensor:
+class Packed(NamedTuple):
+    """A state in four bits.
+
+    Attributes:
+        stored: uint8, ``[ceil(numel / block_size) * block_size / 2]``: padded with zeros to whole blocks.
+        scale: :data:`SCALE_DTYPE`, ``[ceil(numel / block_size)]``.
+        tensor_scale: float32, ``[]``.
+    """
+
+    stored: Tensor
+    scale: Tensor
+    tensor_scale: Tensor
+
+
+def pack(
+    value: Tensor,
+    precision: StatePrecision,
+    *,
+    rounding: Literal["nearest", "up"] = "nearest",
+    key: int | None = None,
+) -> Packed:
+    """Round a state to four bits a value; as :func:`quantize`, but that a NaN takes its block with it."""
+    value = value.float()
+    fraction = None
+    if key is not None and precision.stochastic_rounding and rounding == "nearest":
+        fraction = _blocks(uniform_fraction(key, value.numel(), device=value.device), precision.block_size)
+    tensor_scale = fp4_tensor_scale(value.abs().amax())
+    stored, scale = store_fp4(_blocks(value, precision.block_size), tensor_scale, rounding, fraction)
+    return Packed(stored.flatten(), scale, tensor_scale)
+
+
+def unpack(packed: Packed, shape: Sequence[int]) -> Tensor:
+    """Return the float32 values of what :func:`pack` made of a state of this shape: a new tensor."""
+    values = read_fp4(packed.stored.view(len(packed.scale), -1), packed.scale, packed.tensor_scale)
+    return values.view(-1)[: math.prod(shape)].view(tuple(shape))
+
+
+def round_trip(value: Tensor, precision: StatePrecision, *, static_scale: float = 1.0) -> Tensor:
+    """Return what is left of values after storing them, rounded to nearest; float32, same shape."""
+    if precision.is_fp4:
+        return unpack(pack(value, precision), value.shape)
+    stored, scale = quantize(value, precision, static_scale=static_scale)
+    return dequantize(stored, scale, precision, static_scale=static_scale)
+
+
+def is_packed(state: Mapping[str, Any], name: str) -> bool:
+    """Return whether ``state[name]`` holds four-bit values."""
+    return name + TENSOR_SCALE_SUFFIX in state
+
+
+def companions(state: Mapping[str, Any], name: str) -> list[str]:
+    """Return the names of the entries that belong to the state of this name: its scales, its shape."""
+    return [name + suffix for suffix in (SCALE_SUFFIX, TENSOR_SCALE_SUFFIX, SHAPE_SUFFIX) if name + suffix in state]
+
+
+def read_state(state: Mapping[str, Any], name: str, precision: StatePrecision) -> Tensor:
     """Return the values of ``state[name]`` in float32; the state tensor itself if it is float32 or float64."""
     stored = state[name]
     if stored.dtype in (torch.float32, torch.float64):
         return stored
+    if is_packed(state, name):
+        packed = Packed(stored, state[name + SCALE_SUFFIX], state[name + TENSOR_SCALE_SUFFIX])
+        return unpack(packed, state[name + SHAPE_SUFFIX].tolist())
     return dequantize(stored, state.get(name + SCALE_SUFFIX), precision, static_scale=precision.static_scale)
 
 
@@ -88,6 +159,11 @@ def write_state(
     stored = state[name]
     if stored.dtype in (torch.float32, torch.float64):
         return value if value is stored else stored.copy_(value)
+    if precision.is_fp4:
+        packed = pack(value, precision, rounding=rounding, key=key)
+        for suffix, tensor in zip(("", SCALE_SUFFIX, TENSOR_SCALE_SUFFIX), packed, strict=True):
+            state[name + suffix].copy_(tensor)
+        return unpack(packed, value.shape)
     rounded, scale = quantize(value, precision, rounding=rounding, key=key, static_scale=precision.static_scale)
     stored.copy_(rounded)
     if scale is not None:
@@ -97,11 +173,37 @@ def write_state(
 
 def init_state(state: dict[str, Any], name: str, param: Tensor, precision: StatePrecision | None) -> None:
     """Create a zero state for ``param``; without a precision in float32, or float64 for a float64 parameter."""
+    if precision is not None and precision.is_fp4:
+        _init_packed(state, name, param, precision.block_size)
+        return
     dtype = torch.promote_types(param.dtype, torch.float32) if precision is None else precision.dtype
     state[name] = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
     if precision is not None and precision.scaling != "none":
         shape = () if precision.scaling == "tensor" else (-(-param.numel() // precision.block_size),)
         state[name + SCALE_SUFFIX] = torch.ones(shape, dtype=torch.float32, device=param.device)
+
+
+def _init_packed(state: dict[str, Any], name: str, param: Tensor, block_size: int) -> None:
+    blocks, device = -(-param.numel() // block_size), param.device
+    one = torch.ones((), device=device)
+    state[name] = torch.zeros(blocks * block_size // 2, dtype=torch.uint8, device=device)
+    state[name + SCALE_SUFFIX] = fp4_block_scales(torch.zeros(blocks, device=device), one)
+    state[name + TENSOR_SCALE_SUFFIX] = one
+    # On the CPU, where reading it costs no synchronisation.
+    state[name + SHAPE_SUFFIX] = torch.tensor(tuple(param.shape), dtype=torch.int64)
+
+
+def largest_number(precision: StatePrecision) -> float:
+    """Return the largest magnitude that can be stored under a tensor scale of 1."""
+    return FP4_LARGEST if precision.is_fp4 else torch.finfo(precision.dtype).max
+
+
+def largest_as_stored(largest: Tensor, precision: StatePrecision) -> Tensor:
+    """Return what the largest magnitude of a state is at most after it is stored under a tensor scale of 1; float32."""
+    if precision.is_fp4:
+        return round_up(largest / E2M1_MAX, SCALE_DTYPE) * E2M1_MAX
+    rounded = round_up if precision.stochastic_rounding else round_to_nearest
+    return rounded(largest, precision.dtype).to(torch.float32)
 
 
 def state_bytes(optimizer: Optimizer) -> int:

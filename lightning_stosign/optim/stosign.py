@@ -12,8 +12,9 @@ from torch.optim.optimizer import ParamsT
 from lightning_stosign.optim._base import check_beta, check_choice, check_pair
 from lightning_stosign.optim._low_precision import LowPrecisionOptimizer
 from lightning_stosign.optim.noise import Stream
-from lightning_stosign.optim.rounding import power_of_two_scale, round_to_nearest, round_up
+from lightning_stosign.optim.rounding import power_of_two_scale
 from lightning_stosign.optim.state_precision import StatePrecision
+from lightning_stosign.optim.storage import largest_as_stored, largest_number
 from lightning_stosign.optim.update import Constants, Noise, Rule, StoredRows, is_one
 
 
@@ -52,10 +53,9 @@ class StoSignRule(Rule):
 
     def cover(self, largest: Tensor, precision: StatePrecision) -> Tensor:
         """Return the scales of m and G: G covers the momentum as stored, whose largest is the largest rounded."""
-        limit = torch.finfo(precision.dtype).max
+        limit = largest_number(precision)
         m_scale = power_of_two_scale(largest[0], limit)
-        rounded = round_up if precision.stochastic_rounding else round_to_nearest
-        covered = rounded(largest[0] / m_scale, precision.dtype).to(torch.float32) * m_scale
+        covered = largest_as_stored(largest[0] / m_scale, precision) * m_scale
         return torch.stack([m_scale, power_of_two_scale(torch.maximum(largest[1], covered), limit)])
 
     def _momentum(self, grad: Tensor, exp_avg: StoredRows, constants: Constants) -> Tensor:
@@ -181,9 +181,9 @@ def _warn_if_envelope_cannot_decay(group: dict[str, Any]) -> None:
     """Warn where rounding up undoes each step's decay of the stored envelope."""
     if group["state_precision"] is None:
         return
-    dtype = StatePrecision.parse(group["state_precision"]).dtype
-    slowest = 1 - torch.finfo(dtype).eps / 2
-    beta2 = group["betas"][1]
+    precision = StatePrecision.parse(group["state_precision"])
+    dtype, beta2 = precision.dtype, group["betas"][1]
+    slowest = 0.75 if precision.is_fp4 else 1 - torch.finfo(dtype).eps / 2  # from 4 to 3, from 2 to 1.5
     if dtype != torch.float32 and slowest < beta2 < 1:
         warnings.warn(
             f"betas[1]={beta2} has no effect with states in {dtype}: the envelope is rounded up, and only a decay of "

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from lightning_stosign.optim.fp4 import E2M1_MAX, round_e2m1
+from lightning_stosign.optim.fp4 import E2M1_MAX, round_e2m1, round_e2m1_stochastically
 from lightning_stosign.optim.noise import hash_bits
 
 _E4M3_MAX = torch.finfo(torch.float8_e4m3fn).max
@@ -82,22 +82,6 @@ def round_blocks(values: Tensor, format: BlockFormat, *, square: bool = False, s
     else:
         rounded = round_e2m1(scaled)
     return (rounded * scale).view(padded.shape)[:rows, :columns]
-
-
-def round_e2m1_stochastically(value: Tensor, fraction: Tensor) -> Tensor:
-    """Round to one of the two nearest E2M1 values, so that the mean over ``fraction ~ Unif[0, 1)`` is the value.
-
-    Args:
-        value: float32; beyond 6 in magnitude it saturates.
-        fraction: float32, the same shape, in [0, 1).
-
-    Example:
-        >>> round_e2m1_stochastically(torch.tensor([2.25, 2.25]), torch.tensor([0.7, 0.8]))
-        tensor([2., 3.])
-    """
-    magnitude = value.abs().clamp(max=E2M1_MAX)
-    spacing = 0.5 + 0.5 * (magnitude >= 2) + (magnitude >= 4)
-    return (magnitude / spacing + fraction).floor().mul(spacing).clamp(max=E2M1_MAX).copysign(value)
 
 
 def content_noise(values: Tensor) -> Tensor:

@@ -161,7 +161,17 @@ def test_report_has_the_columns_of_table_12():
 
 @pytest.mark.parametrize("degree", [1, 2])
 @pytest.mark.parametrize(
-    "name", ["fp8-raw", "fp8-raw:static_scale=64", "fp8", "fp8:dtype=float8_e5m2", "float16", "float32", "bfloat16"]
+    "name",
+    [
+        "fp8-raw",
+        "fp8-raw:static_scale=64",
+        "fp8",
+        "fp8:dtype=float8_e5m2",
+        "fp4-block",
+        "float16",
+        "float32",
+        "bfloat16",
+    ],
 )
 @pytest.mark.parametrize("largest", [3e-3, 0.875, 1.0, 448.0])
 def test_below_half_of_the_smallest_number_a_value_becomes_zero_and_above_it_does_not(name, degree, largest):

@@ -4,7 +4,6 @@ import itertools
 
 import numpy as np
 import pytest
-import reference
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -12,17 +11,16 @@ from hypothesis.extra import numpy as hnp
 
 from lightning_stosign import emulate_state_precision
 from lightning_stosign.health import check_format, nominal_change, stalled_fraction, stored_values, underflow_fraction
-from lightning_stosign.health.forecast import FP4_BLOCK, forecast_rounds
+from lightning_stosign.health.forecast import forecast_rounds
 from lightning_stosign.health.sharding import Layout
 from lightning_stosign.health.statistics import PART_SIZE
-from lightning_stosign.optim.fp4 import round_e2m1, round_fp4_block
 from lightning_stosign.optim.state_precision import StatePrecision
 from lightning_stosign.optim.storage import init_state, read_state, write_state
 
 FORMATS = [
     *("float32", "bfloat16", "float16", "fp8", "fp8-raw", "fp8-block", "fp8-block:block_size=32"),
     *("fp8:dtype=float8_e5m2", "fp8-raw:dtype=float8_e5m2", "fp8-block:dtype=float8_e5m2,block_size=7"),
-    "fp8-raw:static_scale=1024",
+    *("fp8-raw:static_scale=1024", "fp4-block"),
 ]
 
 
@@ -114,7 +112,7 @@ def test_underflow_changes_no_state():
     assert torch.equal(values, torch.tensor([1.0, 1e-6]))
 
 
-@pytest.mark.parametrize("name", ["fp8-raw", FP4_BLOCK])
+@pytest.mark.parametrize("name", ["fp8-raw", "fp4-block"])
 @pytest.mark.parametrize(("size", "lost"), [(4095, 0), (4096, 4095)])
 def test_states_too_small_to_be_stored_so_lose_nothing(name, size, lost):
     values = torch.full((size,), 1e-12)
@@ -185,7 +183,7 @@ def over_ranks(values, change, name, cuts):
     return [sum(r.underflow.part for r in results), sum(r.stalled.part for r in results)]
 
 
-@pytest.mark.parametrize("name", [*map(small, FORMATS), FP4_BLOCK])
+@pytest.mark.parametrize("name", [small(name) for name in FORMATS])
 @pytest.mark.parametrize("size", [5000, PART_SIZE + 1000])
 def test_ranks_with_shards_find_together_what_one_rank_finds(name, size):
     # Cuts within blocks, at a block's end, two within one block, and a rank without values.
@@ -196,60 +194,15 @@ def test_ranks_with_shards_find_together_what_one_rank_finds(name, size):
     assert over_ranks(values, change, name, cuts) == expected
 
 
-# ---- four bits -------------------------------------------------------------------------------------------------------
-
-E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
-E4M3 = reference.FORMATS["float8_e4m3fn"]
-
-
-def fp4_by_hand(values, block=16):
-    """The format as it is defined, in float64: power-of-two tensor scale, E4M3 block scales, E2M1 values."""
-    values = values.astype(float)
-    amax = np.abs(values).max()
-    tensor_scale = 2.0 ** max(np.ceil(np.log2(amax / (448 * 6))), -126) if amax > 0 else 1.0
-    out = np.empty_like(values)
-    for start in range(0, values.size, block):
-        part = values[start : start + block]
-        wanted = max(np.abs(part).max() / 6 / tensor_scale, 2.0**-9)
-        scale = reference.round_nearest(np.array([wanted]), E4M3)[0] * tensor_scale
-        out[start : start + block] = reference.round_nearest(part / scale, E2M1) * scale
-    return out
-
-
-@pytest.mark.parametrize("size", [1, 15, 16, 17, 1000])
-@pytest.mark.parametrize("seed", range(3))
-def test_fp4_is_what_its_definition_says(size, seed):
-    values = states_like_adam_s(size, seed)
-    values[0] = 7.3
-    np.testing.assert_array_equal(round_fp4_block(values).double().numpy(), fp4_by_hand(values.numpy()))
-
-
-@given(hnp.arrays(np.float32, 16, elements=st.integers(-28, 28).map(lambda n: n / 4)))
-def test_e2m1_takes_ties_to_even_and_saturates(values):
-    rounded = round_e2m1(tensor(values)).double().numpy()
-    np.testing.assert_array_equal(rounded, reference.round_nearest(values.astype(float), E2M1))
-
-
-def test_fp4_of_zeros_is_zero_and_of_nan_nan():
-    assert round_fp4_block(torch.zeros(20)).tolist() == [0.0] * 20
-    assert round_fp4_block(torch.full((3, 3), float("nan"))).isnan().all()
-
-
-def test_a_block_far_below_the_tensor_s_largest_keeps_what_the_smallest_scale_can_hold():
-    values = torch.zeros(32)
-    values[0], values[16] = 448.0 * 6, 2.0**-9 * 0.5  # as little as a tensor scale of 1 allows
-    assert round_fp4_block(values)[16] == 2.0**-9 * 0.5
-
-
 def test_shapes_are_kept():
-    for name in (*FORMATS, FP4_BLOCK):
+    for name in FORMATS:
         assert stored_values(torch.rand(30, 5, 70), name).shape == (30, 5, 70)
 
 
 @pytest.mark.parametrize(
     ("format_name", "message"),
     [
-        ("fp9", r"'fp9' is unknown; accepted: .*'fp4-block'"),
+        ("fp9", r"'fp9' is unknown; accepted: .*fp4-block"),
         ("fp8:stochastic_rounding=true", r"stochastic rounding is not forecast; accepted: rounding to nearest"),
     ],
 )

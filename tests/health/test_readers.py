@@ -175,6 +175,11 @@ def values_by_hand(state, precision):
     stored = state["exp_avg"].double().numpy().reshape(-1)
     if precision == "fp8-raw:static_scale=1024,min_numel=0":
         return stored / 1024
+    if precision.startswith("fp4-block"):
+        e2m1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6])
+        values = e2m1[np.stack([stored.astype(int) % 16, stored.astype(int) // 16], axis=1).ravel()]
+        blocks = state["exp_avg_scale"].double().numpy() * state["exp_avg_scale_scale"].item()
+        return (values * np.repeat(blocks, 6))[:8]
     if precision.startswith("fp8-block"):
         return stored * np.repeat(state["exp_avg_scale"].double().numpy(), 3)[: stored.size]
     return stored * state["exp_avg_scale"].item() if precision.startswith("fp8:") else stored
@@ -186,6 +191,7 @@ FP8 = [
     "fp8-raw:min_numel=0",
     "fp8-raw:static_scale=1024,min_numel=0",
     "fp8-block:block_size=3,min_numel=0",
+    "fp4-block:block_size=6,min_numel=0",
 ]
 
 
@@ -198,7 +204,7 @@ def test_low_precision_states_are_read_as_the_values_they_stand_for(precision):
     np.testing.assert_array_equal(value.double().numpy().reshape(-1), values_by_hand(optimizer.state[param], precision))
 
 
-@pytest.mark.parametrize("precision", ["fp8:min_numel=0", "fp8-block:min_numel=0"])
+@pytest.mark.parametrize("precision", ["fp8:min_numel=0", "fp8-block:min_numel=0", "fp4-block:min_numel=0"])
 def test_scales_are_not_states(precision):
     moments = read(*stepped(partial(StoSignSGD, state_precision=precision)))
     assert moments.states.keys() == {"exp_avg", "exp_inf"}

@@ -24,6 +24,7 @@ COMMON = [
     {"state_precision": "bfloat16:min_numel=0"},
     {"state_precision": "fp8:min_numel=0", "weight_decay": 0.1},
     {"state_precision": "fp8-block:stochastic_rounding=true,min_numel=0"},
+    {"state_precision": "fp4-block:stochastic_rounding=true,min_numel=0"},
 ]
 
 

@@ -191,12 +191,13 @@ def gradient_spread_otherwise_is_brought_to_its_parameter(mesh):
 
 
 def blocks_are_refused(mesh):
-    try:
-        StoSignSGD(sharded_params(mesh, [Shard(0)]), state_precision="fp8-block:min_numel=0")
-    except ValueError as error:
-        assert "state_precision='fp8-block:min_numel=0': the blocks of a sharded parameter" in str(error), str(error)
-    else:
-        raise AssertionError("no error")
+    for spec in ("fp8-block:min_numel=0", "fp4-block:min_numel=0"):
+        try:
+            StoSignSGD(sharded_params(mesh, [Shard(0)]), state_precision=spec)
+        except ValueError as error:
+            assert f"state_precision='{spec}': the blocks of a sharded parameter" in str(error), str(error)
+        else:
+            raise AssertionError("no error")
 
 
 def scenarios(meshes, folder):

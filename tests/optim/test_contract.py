@@ -22,6 +22,7 @@ PRECISIONS = [
     "fp8:min_numel=0",
     "fp8-raw:static_scale=1024,min_numel=0",
     "fp8-block:stochastic_rounding=true,min_numel=0",
+    "fp4-block:min_numel=0",
 ]
 
 pytestmark = pytest.mark.parametrize("cls", OPTIMIZERS)

@@ -81,6 +81,8 @@ def through_a_file(state_dict):
         ["fp8-raw:dtype=float8_e5m2", "fp8:dtype=float8_e5m2", "fp8-block:dtype=float8_e5m2", "bfloat16"],
         ["fp8:block_size=32", "fp8-block:block_size=32", "bfloat16", "float32"],
         ["fp8-block:stochastic_rounding=True", "bfloat16:stochastic_rounding=True", "float32"],
+        ["fp4-block", "fp8-block"],
+        ["fp4-block:stochastic_rounding=True,min_numel=7", "fp8-block:stochastic_rounding=True,min_numel=7"],
         ["fp8-block:min_numel=7", "bfloat16:min_numel=7", "float32:min_numel=7"],
         ["float16", "float32"],
         ["float16:scaling=block", "float32"],
@@ -134,7 +136,7 @@ def test_no_value_changes_up_the_whole_ladder(make, dtype):
 
 
 @pytest.mark.parametrize("cls", [StoSignSGD, SignSGD])
-@pytest.mark.parametrize("precision", ["fp8-raw", "fp8", "fp8-block", "bfloat16"])
+@pytest.mark.parametrize("precision", ["fp8-raw", "fp8", "fp8-block", "bfloat16", "fp4-block"])
 def test_storage_is_that_of_an_optimizer_made_with_the_wider_precision(cls, precision):
     params, optimizer = build(cls, precision)
     step(params, optimizer, range(2))

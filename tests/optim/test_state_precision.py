@@ -4,22 +4,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_stosign import StatePrecision
+from lightning_stosign.optim.state_precision import FP4_DTYPE
 
-NAMES = ["float32", "bfloat16", "float16", "fp8", "fp8-raw", "fp8-block"]
+NAMES = ["float32", "bfloat16", "float16", "fp8", "fp8-raw", "fp8-block", "fp4-block"]
 POWERS = st.integers(-20, 20).map(lambda k: 2.0**k)
 
 
 @st.composite
 def precisions(draw):
-    dtype = draw(
-        st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2])
-    )
+    fp8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+    dtype = draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16, *fp8, FP4_DTYPE]))
     limited = dtype not in (torch.float32, torch.bfloat16)
     scaling = draw(st.sampled_from(["none", "tensor", "block"])) if limited else "none"
+    scaling, step = ("block", 2) if dtype is FP4_DTYPE else (scaling, 1)
     return StatePrecision(
         dtype,
         scaling,
-        block_size=draw(st.integers(1, 1 << 20)),
+        block_size=step * draw(st.integers(1, 1 << 20)),
         stochastic_rounding=dtype is not torch.float32 and draw(st.booleans()),
         static_scale=draw(POWERS) if limited and scaling == "none" else 1.0,
         min_numel=draw(st.integers(0, 1 << 20)),
@@ -45,6 +46,7 @@ def test_presets_are_those_of_the_design():
         StatePrecision(e4m3, "tensor"),
         StatePrecision(e4m3, "none"),
         StatePrecision(e4m3, "block", block_size=128),
+        StatePrecision(FP4_DTYPE, "block", block_size=16),
     ]
 
 
@@ -67,6 +69,9 @@ def test_presets_are_those_of_the_design():
         ({"static_scale": "2"}, TypeError, "static_scale='2'"),
         ({"scaling": "tensor", "static_scale": 2.0}, ValueError, "static_scale=2.0 applies to scaling='none'"),
         ({"dtype": torch.float32, "static_scale": 2.0}, ValueError, "static_scale=2.0"),
+        ({"dtype": FP4_DTYPE}, ValueError, "scaling='none', block_size=128 .* four bits need scaling='block'"),
+        ({"dtype": FP4_DTYPE, "scaling": "tensor"}, ValueError, "scaling='tensor', block_size=128"),
+        ({"dtype": FP4_DTYPE, "scaling": "block", "block_size": 15}, ValueError, "block_size=15 .* an even block_size"),
         ({"dtype": torch.bfloat16, "scaling": "block"}, ValueError, "scaling='block' has no use"),
         ({"dtype": torch.float32, "stochastic_rounding": True}, ValueError, "stochastic_rounding=True"),
     ],

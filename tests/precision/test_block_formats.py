@@ -7,6 +7,7 @@ from block_reference import E2M1, E4M3, in_blocks
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lightning_stosign.optim.fp4 import round_e2m1_stochastically
 from lightning_stosign.precision.block_formats import (
     FP8_BLOCK,
     MXFP4,
@@ -16,7 +17,6 @@ from lightning_stosign.precision.block_formats import (
     content_noise,
     rotate_blocks,
     round_blocks,
-    round_e2m1_stochastically,
 )
 
 FORMATS = {"block": FP8_BLOCK, "mxfp8": MXFP8, "mxfp4": MXFP4, "nvfp4": NVFP4}
