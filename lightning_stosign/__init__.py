@@ -1,27 +1,32 @@
 """Optimizers that survive low precision, and the instruments that show when one does not."""
 
-from lightning_stosign.callbacks import (
-    OptimizerDashboard,
-    OptimizerStateMonitor,
-    SignStepSizeFinder,
-    StateCollapseError,
-    StateCollapseGuard,
-    find_step_size,
-)
-from lightning_stosign.module import StoSignConfig, StoSignMixin
-from lightning_stosign.optim import (
-    ALIAS,
-    OnlineToNonconvex,
-    SignConverted,
-    SignSGD,
-    StatePrecision,
-    StoSignSGD,
-    emulate_state_precision,
-    promote_state,
-    state_bytes,
-)
-from lightning_stosign.precision import Float8Precision
-from lightning_stosign.strategies import SignDDPStrategy
+from typing import TYPE_CHECKING
+
+from lightning_stosign._lazy import LazyPackage, after_import
+
+if TYPE_CHECKING:
+    from lightning_stosign.callbacks import (
+        OptimizerDashboard,
+        OptimizerStateMonitor,
+        SignStepSizeFinder,
+        StateCollapseError,
+        StateCollapseGuard,
+        find_step_size,
+    )
+    from lightning_stosign.module import StoSignConfig, StoSignMixin
+    from lightning_stosign.optim import (
+        ALIAS,
+        OnlineToNonconvex,
+        SignConverted,
+        SignSGD,
+        StatePrecision,
+        StoSignSGD,
+        emulate_state_precision,
+        promote_state,
+        state_bytes,
+    )
+    from lightning_stosign.precision import Float8Precision
+    from lightning_stosign.strategies import SignDDPStrategy
 
 __all__ = [
     "ALIAS",
@@ -44,3 +49,12 @@ __all__ = [
     "promote_state",
     "state_bytes",
 ]
+
+# The names are looked up when they are used, so that the optimizers and the command line do without Lightning. Once it
+# is imported all of them are, whichever comes first: Trainer(strategy="sign_ddp") and LightningCLI go by what is there.
+_lazy = LazyPackage(
+    __name__, __all__, ("callbacks", "health", "inspection", "module", "optim", "precision", "strategies")
+)
+if not TYPE_CHECKING:  # a type checker would take any name for one of ours
+    __getattr__, __dir__ = _lazy.get, _lazy.dir
+after_import("lightning.pytorch", _lazy.load)

@@ -1,0 +1,85 @@
+"""Packages whose modules wait until they are needed: Lightning alone takes longer to import than torch."""
+
+import importlib
+import sys
+from collections.abc import Callable, Sequence
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+
+class LazyPackage:
+    """Imports a package's modules, all together, when one of their names is first asked of the package (PEP 562).
+
+    All together, since an import registers things: strategies by name, and classes that LightningCLI finds by theirs.
+
+    Args:
+        package: the package's name.
+        names: its public names.
+        modules: the modules that have those of them that the package has not.
+    """
+
+    def __init__(self, package: str, names: Sequence[str], modules: Sequence[str]) -> None:
+        self._package = package
+        self._names = names
+        self._modules = modules
+
+    def get(self, name: str) -> Any:
+        """Be the package's ``__getattr__``."""
+        if name in self._modules:
+            return self._import(name)
+        if name not in self._names:
+            raise AttributeError(f"module {self._package!r} has no attribute {name!r}")
+        namespace = self._namespace()
+        for module in self.load():
+            namespace.update((known, value) for known, value in vars(module).items() if known in self._names)
+        return namespace[name]
+
+    def dir(self) -> list[str]:
+        """Be the package's ``__dir__``."""
+        return sorted({*self._namespace(), *self._names, *self._modules})
+
+    def load(self) -> list[ModuleType]:
+        """Import the modules now."""
+        return [self._import(module) for module in self._modules]
+
+    def _import(self, module: str) -> ModuleType:
+        return importlib.import_module(f"{self._package}.{module}")
+
+    def _namespace(self) -> dict[str, Any]:
+        return vars(sys.modules[self._package])
+
+
+def after_import(name: str, then: Callable[[], object]) -> None:
+    """Call a function as soon as a module has been imported, at once if it has been already."""
+    if name in sys.modules:
+        then()
+    else:
+        sys.meta_path.insert(0, _Watch(name, then))
+
+
+class _Watch(MetaPathFinder):
+    """Finds one module the way all other finders do, and has a function called after the module has run."""
+
+    def __init__(self, name: str, then: Callable[[], object]) -> None:
+        self._name = name
+        self._then = then
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname != self._name:
+            return None
+        found = (finder.find_spec(fullname, path, target) for finder in sys.meta_path if finder is not self)
+        spec = next((spec for spec in found if spec is not None), None)
+        if spec is not None and spec.loader is not None:
+            run = spec.loader.exec_module
+
+            def run_then_call(module: ModuleType) -> None:
+                sys.meta_path.remove(self)
+                run(module)
+                self._then()
+
+            spec.loader.exec_module = run_then_call  # type: ignore[method-assign]
+        return spec
