@@ -97,11 +97,15 @@ class ResNet18(StoSignMixin, LightningModule):
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         images, classes = batch
-        self.log("accuracy", (self.net(images).argmax(dim=1) == classes).float().mean())
+        scores = self.net(images)
+        self.log("val_loss", F.cross_entropy(scores, classes))
+        self.log("accuracy", (scores.argmax(dim=1) == classes).float().mean())
+
+    def on_validation_epoch_end(self) -> None:
+        self.accuracies.append(float(self.trainer.callback_metrics["accuracy"]))
 
     def on_train_epoch_end(self) -> None:
         self.losses.append(float(self.trainer.callback_metrics["train_loss"]))
-        self.accuracies.append(float(self.trainer.callback_metrics["accuracy"]))
 
 
 def read_cifar10(folder: Path) -> Images:

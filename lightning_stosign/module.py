@@ -21,7 +21,7 @@ from lightning_stosign.optim.signsgd import SignSGD
 from lightning_stosign.optim.state_precision import StatePrecision
 from lightning_stosign.optim.stosign import StoSignSGD
 
-OptimizerName = Literal["stosign", "signsgd", "adamw", "lion", "muon", "sign-adamw", "alias"]
+OptimizerName = Literal["stosign", "signsgd", "adamw", "lion", "muon", "sign-adamw", "sign-adamax", "alias"]
 Schedule = Literal["cosine", "linear", "constant", "wsd"]
 
 _DEFAULT_BETAS: dict[str, tuple[float, float]] = {
@@ -31,6 +31,7 @@ _DEFAULT_BETAS: dict[str, tuple[float, float]] = {
     "lion": (0.9, 0.99),
     "muon": (0.9, 0.95),
     "sign-adamw": (0.9, 0.95),
+    "sign-adamax": (0.9, 0.999),
     "alias": (0.9, 0.999),
 }
 
@@ -45,11 +46,12 @@ class StoSignConfig:
     Args:
         optimizer: ``"stosign"`` (:class:`StoSignSGD`), ``"signsgd"`` (:class:`SignSGD`), ``"adamw"`` (torch),
             ``"lion"`` (pytorch_optimizer), ``"muon"`` (torch's Muon for the matrices, AdamW for the rest),
-            ``"sign-adamw"`` (:class:`SignConverted` of torch's AdamW), ``"alias"`` (:class:`ALIAS`, Adam-style: finds
-            its own step size, of which the schedule is a factor).
+            ``"sign-adamw"``, ``"sign-adamax"`` (:class:`SignConverted` of torch's AdamW and, Algorithm 9, Adamax),
+            ``"alias"`` (:class:`ALIAS`, Adam-style: finds its own step size, of which the schedule is a factor).
         lr: peak learning rate, >= 0. Not used by alias.
         betas: the optimizer's betas. None: ``(0.9, 1.0)`` for stosign, ``(0.9, 0.95)`` for adamw, muon and sign-adamw,
-            ``(0.9, 0.99)`` for lion, ``(0.9, 0.999)`` for alias; of signsgd's, 0.9, only the first is used.
+            ``(0.9, 0.99)`` for lion, ``(0.9, 0.999)`` for sign-adamax and alias; of signsgd's, 0.9, only the first
+            is used.
         weight_decay: decoupled weight decay of the parameters that ``no_decay`` does not exempt, >= 0.
         no_decay: what is exempt: the kinds ``"bias"``, ``"norm"`` and ``"embedding"``, and globs on parameter names.
         warmup_steps: optimizer steps over which lr rises linearly from lr / warmup_steps, >= 0.
@@ -59,12 +61,11 @@ class StoSignConfig:
         wsd_decay_ratio: the length of wsd's decay as a share of all steps, in (0, 1].
         state_precision: how the optimizer states are stored: a :class:`StatePrecision` or its name. Optimizers that
             cannot store them so get :func:`emulate_state_precision`. None: in full precision.
-        stochastic: False gives the in-expectation form of stosign and sign-adamw.
+        stochastic: False gives the in-expectation form of stosign, sign-adamw and sign-adamax.
         seed: of their noise.
         param_rounding: how stosign and signsgd round bfloat16 and float16 parameters after their update in float32:
             ``"stochastic"``, so that a step below half of their spacing is kept on average, or ``"nearest"``.
-        on_nonfinite: what stosign, signsgd, sign-adamw and alias do about a gradient with inf or NaN: ``"raise"``
-            or ``"skip"``.
+        on_nonfinite: what this package's optimizers do about a gradient with inf or NaN: ``"raise"`` or ``"skip"``.
 
     Raises:
         ValueError: an argument is out of range.
@@ -161,10 +162,11 @@ class StoSignConfig:
             optimizer = torch.optim.AdamW(groups, lr=self.lr, betas=betas, weight_decay=self.weight_decay)
         elif self.optimizer == "lion":
             optimizer = _lion(groups, lr=self.lr, betas=betas, weight_decay=self.weight_decay)
-        elif self.optimizer == "sign-adamw":
+        elif self.optimizer in ("sign-adamw", "sign-adamax"):
+            base = torch.optim.AdamW if self.optimizer == "sign-adamw" else torch.optim.Adamax
             optimizer = SignConverted(
                 groups,
-                partial(torch.optim.AdamW, betas=betas),
+                partial(base, betas=betas),
                 lr=self.lr,
                 weight_decay=self.weight_decay,
                 stochastic=self.stochastic,
