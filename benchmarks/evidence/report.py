@@ -96,6 +96,9 @@ def write(store: Store, scale: Scale, command: str) -> Path:
         "## Another text",
         "The King James Bible, at the learning rates found on the first text.",
         tables.other_text(),
+        "## A larger model",
+        "10.8 M parameters, float32 matrix products, one seed, half the learning rates of the small model.",
+        tables.larger(),
         "## What differs from the paper",
         DEVIATIONS.format(tokens=scale.steps * TOKENS_A_STEP),
     ]

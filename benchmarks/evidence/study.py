@@ -47,6 +47,8 @@ GEMM = "current"  # FP8 matrix products: E4M3 forward, E5M2 gradients
 OTHER_STATES = {"AdamW": ("fp8-raw:static_scale=1024", "fp8-block"), OURS: ("fp8-raw:static_scale=1024", "fp8-block")}
 SMALL_STEPS = 200  # of the image and the fine-tuning task
 LONGER, SHARES = 3, (2 / 3, 5 / 6)  # times the steps of the others; shares of that for ours alone
+COMPARED_LONGER = (*COMPARED, "StoSignSGDv2")
+LARGER, LARGER_SHARE = "gpt-10m", 1 / 4  # of the steps, at half the learning rates
 
 
 def bracket(loss: Callable[[float], float], start: float, most: int = 12) -> float:
@@ -183,6 +185,8 @@ class Study:
         if self.corpus is not None:
             yield self.results("another text", self.pairs(compared, corpus=self.corpus))
         yield self.results("FP8 states of every method", self.pairs(best))
+        if self.scale.task != LARGER:
+            yield self.results("a larger model", self.larger(best))
 
     def fp8(self, rates: dict[str, float], **settings: object) -> list[Run]:
         """Return runs with FP8 matrix products, of each method at its learning rate, with each seed."""
@@ -206,8 +210,14 @@ class Study:
     def longer(self) -> str:
         """Train what is compared for three times the steps, and ours for a little less; float32 throughout."""
         steps = LONGER * self.scale.steps
-        rates = self.tune(COMPARED, steps=steps)
+        rates = self.tune(COMPARED_LONGER, steps=steps)
         runs = self.fp8(rates, gemm="float32", steps=steps)
         for share in SHARES:
             runs += self.fp8({OURS: rates[OURS]}, gemm="float32", steps=round(share * steps))
         return self.results("longer runs", runs)
+
+    def larger(self, best: dict[str, float]) -> list[Run]:
+        """Return runs of a model with ten times the parameters; one seed, its rates not tuned."""
+        settings = {"gemm": "float32", "task": LARGER, "steps": round(LARGER_SHARE * self.scale.steps)}
+        rates = {method: best[method] / 2 for method in ("AdamW", OURS)}
+        return [run for run in self.pairs(rates, **settings) if run.seed == 0]

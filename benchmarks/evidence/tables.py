@@ -10,8 +10,11 @@ from evidence.store import Store
 from evidence.study import (
     ABLATIONS,
     COMPARED,
+    COMPARED_LONGER,
     FP8,
     GEMM,
+    LARGER,
+    LARGER_SHARE,
     LONGER,
     METHODS,
     OTHER_STATES,
@@ -185,13 +188,24 @@ class Tables:
     def longer(self) -> str:
         """Return what is compared, by the number of steps, each at its best learning rate for that many."""
         rows = []
-        for method in COMPARED:
+        for method in COMPARED_LONGER:
             for steps in self.lengths():
                 lr = self.best_lr(method, steps=steps)
                 losses = self.losses(method, lr, steps=steps)
                 if losses.values:
                     rows.append((method, steps, f"{lr:g}", losses, len(losses.values)))
         return markdown(("method", "steps", "peak lr", "validation loss", "seeds"), rows)
+
+    def larger(self) -> str:
+        """Return what a larger model does; one seed, learning rates not tuned."""
+        rows = []
+        settings = {"task": LARGER, "steps": round(LARGER_SHARE * self.scale.steps)}
+        for method in ("AdamW", OURS):
+            lr = self.best_lr(method) / 2
+            full, low = self.losses(method, lr, **settings), self.losses(method, lr, states=FP8, **settings)
+            if full.values:
+                rows.append((LARGER, method, settings["steps"], f"{lr:g}", full, low, difference(low, full)))
+        return markdown(("model", "method", "steps", "peak lr", "float32 states", "FP8 states", "difference"), rows)
 
     def lengths(self) -> list[int]:
         """Return the numbers of steps for which StoSignSGD has been trained with float32 throughout."""
@@ -204,7 +218,7 @@ class Tables:
         seeds = min((len(losses.values) for losses in ours.values()), default=0)
         rows = []
         for steps in (self.scale.steps, LONGER * self.scale.steps):
-            for method in COMPARED:
+            for method in COMPARED_LONGER:
                 target = self.losses(method, self.best_lr(method, steps=steps), steps=steps)
                 if method == OURS or not target.values or not seeds:
                     continue
