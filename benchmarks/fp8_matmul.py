@@ -2,6 +2,7 @@
 
 python benchmarks/fp8_matmul.py                                   # float32 against FP8 with one scale a tensor
 python benchmarks/fp8_matmul.py --recipes "[rowwise, nvfp4]" --exclude "[model.head]"
+python benchmarks/fp8_matmul.py --recipes "[nvfp4]" --state_precision fp4-block:stochastic_rounding=true --seeds 1
 
 Prints one table: validation loss (nats a byte) for each recipe, seed by seed, its mean, and its difference from
 float32, which is to be at most 0.03; then the time that Float8Precision's own Python takes of a step, without the
@@ -30,7 +31,9 @@ from gpt import GPTModule
 from pretrain_gpt import main as pretrain
 
 
-def validation_loss(recipe: str | None, exclude: list[str], lr: float, steps: int, seed: int, folder: str) -> float:
+def validation_loss(
+    recipe: str | None, state_precision: str | None, exclude: list[str], lr: float, steps: int, seed: int, folder: str
+) -> float:
     arguments = [
         "fit",
         f"--seed_everything={seed}",
@@ -48,6 +51,8 @@ def validation_loss(recipe: str | None, exclude: list[str], lr: float, steps: in
         f"--trainer.default_root_dir={folder}/{recipe}-{seed}",
     ]
     if recipe is not None:
+        if state_precision is not None:
+            arguments.append(f"--model.stosign.state_precision={state_precision}")
         arguments += [
             "--trainer.plugins+=Float8Precision",
             f"--trainer.plugins.init_args.recipe={recipe}",
@@ -83,6 +88,7 @@ def plugin_time(plugin: Precision, batch: Any) -> float:
 
 def benchmark(
     recipes: tuple[str, ...] = ("current",),
+    state_precision: str | None = None,
     exclude: tuple[str, ...] = (),
     steps: int = 300,
     seeds: int = 3,
@@ -92,6 +98,7 @@ def benchmark(
 
     Args:
         recipes: of Float8Precision.
+        state_precision: of the optimizer's states beside the recipes; those beside float32 stay in float32.
         exclude: layers that stay in float32, as in Float8Precision.
         steps: optimizer steps of a run: linear warm-up over 40, then cosine to a tenth.
         seeds: runs with each recipe; 0 only times the plugin.
@@ -100,11 +107,17 @@ def benchmark(
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
     if seeds > 0:
-        print(f"validation loss after {steps} steps of StoSignSGD at {lr:g}, exclude={list(exclude)}")
+        states = state_precision or "float32"
+        print(
+            f"validation loss after {steps} steps of StoSignSGD at {lr:g}, states in {states}, exclude={list(exclude)}"
+        )
         mean_in_float32 = 0.0
         with tempfile.TemporaryDirectory() as folder:
             for recipe in (None, *recipes):
-                losses = [validation_loss(recipe, list(exclude), lr, steps, seed, folder) for seed in range(seeds)]
+                losses = [
+                    validation_loss(recipe, state_precision, list(exclude), lr, steps, seed, folder)
+                    for seed in range(seeds)
+                ]
                 mean = statistics.mean(losses)
                 mean_in_float32 = mean if recipe is None else mean_in_float32
                 spread = f"{min(losses):.4f} to {max(losses):.4f}"

@@ -4,7 +4,18 @@ import numpy as np
 
 
 def alias(
-    x, losses, gradients, *, beta1=0.0, beta2=None, bound=None, d0=None, weight_decay=0.0, measure_every=1, factors=None
+    x,
+    losses,
+    gradients,
+    *,
+    beta1=0.0,
+    beta2=None,
+    bound=None,
+    d0=None,
+    weight_decay=0.0,
+    measure_every=1,
+    factors=None,
+    along_step=False,
 ):
     """arXiv 2506.03725, Algorithms 2 and 3: gradients[t](x) is the gradient of step t's batch. Returns the iterates."""
     m, v, eta, curvature, decrease, iterates = np.zeros_like(x), np.zeros_like(x), 0.0, 0.0, 0.0, []
@@ -16,12 +27,16 @@ def alias(
         g = gradient(x)
         if previous is not None:
             if t <= measure_every or t % measure_every == 0:
-                curvature = np.abs(g - gradient(previous)).sum() / np.abs(x - previous).max()
-            eta += curvature
+                change, motion = (g - gradient(previous)).ravel(), (x - previous).ravel()
+                norm = np.abs(motion).max()
+                curvature = change @ motion / norm**2 if along_step else np.abs(change).sum() / norm
+            eta += max(curvature, 0)
             decrease += g.ravel() @ (previous - x).ravel()
+            if along_step:
+                decrease += 0.5 * curvature * np.abs(x - previous).max() ** 2
             if bound is None:
                 d = max(d, decrease)
-        gamma = np.sqrt(d / eta) if eta > 0 else d0 / np.abs(g).sum()
+        gamma = np.sqrt((2 if along_step else 1) * d / eta) if eta > 0 else d0 / np.abs(g).sum()
         gamma *= 1.0 if factors is None else factors[t]
         if beta2 is None:
             m = beta1 * m + (1 - beta1) * g

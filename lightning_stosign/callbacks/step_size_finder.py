@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import lightning.pytorch as pl
 import torch
@@ -102,6 +102,8 @@ class SignStepSizeFinder(Callback):
         start: the first learning rate that is tried, > 0; has little influence on the result.
         measure_every: the curvature is measured in the first ``measure_every`` steps and then in every so many, >= 1.
         update_lr: False only reports.
+        curvature: ``"norm"``, the paper's, or ``"step"``: along the steps only, as in :class:`ALIAS`. This asks for
+            larger step sizes; over many parameters, with momentum, much better ones.
 
     Attributes:
         search: the :class:`StepSizeSearch`: trials, ``suggestion()`` and ``plot()``; None before.
@@ -120,7 +122,14 @@ class SignStepSizeFinder(Callback):
         arXiv 2506.03725, Algorithm 1 (SOS Sign-SGD).
     """
 
-    def __init__(self, steps: int = 100, start: float = 1e-4, measure_every: int = 10, update_lr: bool = True) -> None:
+    def __init__(
+        self,
+        steps: int = 100,
+        start: float = 1e-4,
+        measure_every: int = 10,
+        update_lr: bool = True,
+        curvature: Literal["norm", "step"] = "norm",
+    ) -> None:
         for name, value, least in (("steps", steps, 10), ("measure_every", measure_every, 1)):
             if isinstance(value, bool) or not isinstance(value, int):
                 raise TypeError(f"{name}={value!r} must be an int")
@@ -131,6 +140,9 @@ class SignStepSizeFinder(Callback):
         if not 0 < start < float("inf"):
             raise ValueError(f"start={start} must be finite and greater than 0")
         self.steps, self.start, self.measure_every, self.update_lr = steps, start, measure_every, update_lr
+        if curvature not in ("norm", "step"):
+            raise ValueError(f"curvature={curvature!r} is not supported; accepted: 'norm', 'step'")
+        self.curvature = curvature
         self.search: StepSizeSearch | None = None
         self._only_search = False
 
@@ -155,18 +167,19 @@ class SignStepSizeFinder(Callback):
         (optimizer,) = trainer.optimizers
         if isinstance(optimizer, ALIAS):
             raise ValueError("SignStepSizeFinder: ALIAS has no learning rate to be found; remove one of the two")
+        along_step = self.curvature == "step"
         with _restored_afterwards(trainer, pl_module) as rewind:
 
             def run(step_size: float) -> TrialRun:
                 rewind()
                 _set_lr(optimizer, step_size)
-                return TrialRun(optimizer, step_size, self.measure_every).run(trainer, self.steps)
+                return TrialRun(optimizer, step_size, self.measure_every, along_step).run(trainer, self.steps)
 
             at_start = run(0.0).losses
 
             def phi(step_size: float) -> float:
                 trial = run(step_size)
-                return asked_step_size(_decrease(at_start, trial), trial.curvatures)
+                return asked_step_size(_decrease(at_start, trial), trial.curvatures, along_step=along_step)
 
             self.search = StepSizeSearch(search_step_size(phi, self.start))
         suggestion = self.search.suggestion()

@@ -16,7 +16,7 @@ from lightning_stosign.optim.storage import round_by_noise
 from lightning_stosign.optim.totals import Part, totals
 
 # Options of the whole optimizer. They live in the param groups, as all options do, but cannot differ between them.
-_GLOBAL = ("loss_lower_bound", "d0", "same_batch", "measure_every", "accumulate_grad_batches")
+_GLOBAL = ("loss_lower_bound", "d0", "same_batch", "curvature", "measure_every", "accumulate_grad_batches")
 
 
 class ALIAS(StrictOptimizer):
@@ -41,6 +41,18 @@ class ALIAS(StrictOptimizer):
     instead of 2. :math:`x_{t-1}` is not stored but computed back from :math:`x_t` and the direction of the step; a
     measurement takes memory for two copies of the parameters and one of the gradients.
 
+    **A sharper step size.** The paper's :math:`\eta_t` bounds what any step of one size can meet, its
+    :math:`\tilde d_t` what has been gained if the loss is convex, and its :math:`\gamma_t` is :math:`\sqrt 2` below the
+    one that makes its bound least. Over many parameters all three make the steps too small. ``curvature="step"``
+    measures what the steps did meet, at the same cost:
+
+    .. math::
+        c_t = \frac{\langle g_t - g_{t-1}, x_t - x_{t-1} \rangle}{\|x_t - x_{t-1}\|_\infty^2}, \qquad
+        \eta_t = \eta_{t-1} + \max(c_t, 0), \qquad \gamma_t = \sqrt{2 d_t / \eta_t}
+
+    and adds :math:`c_t \|x_t - x_{t-1}\|_\infty^2 / 2` to :math:`\tilde d_t`, which then is the decrease of the loss to
+    the second order. This is the package's own, not the paper's.
+
     **Variants.** ``momentum`` takes the sign of the averaged gradients. ``beta2`` makes the step Adam's,
     :math:`m_t / \sqrt{v_t}`, with averages in which a gradient weighs :math:`d_t` (no bias correction). Without
     momentum the optimizer stores one byte a parameter (the sign), with momentum 4, with ``beta2`` 8.
@@ -62,6 +74,7 @@ class ALIAS(StrictOptimizer):
         weight_decay: decoupled weight decay :math:`\lambda`, >= 0: subtracts :math:`\gamma_t \lambda x_t` too.
         same_batch: False compares with the stored gradient of the step before (4 bytes a parameter), without a
             closure. Right only where every step sees the same data, as with full gradients.
+        curvature: ``"norm"``, the paper's, or ``"step"``: along the step only (above).
         measure_every: the curvature is measured in the first ``measure_every`` steps and then in every so many, >= 1.
         accumulate_grad_batches: as in the Trainer. The closure sees the last micro-batch only, a share of 1 / n of the
             gradient, so the measured difference counts n times. :class:`StoSignMixin` sets it.
@@ -99,6 +112,7 @@ class ALIAS(StrictOptimizer):
         d0: float | None = None,
         weight_decay: float = 0.0,
         same_batch: bool = True,
+        curvature: Literal["norm", "step"] = "norm",
         measure_every: int = 10,
         accumulate_grad_batches: int = 1,
         on_nonfinite: Literal["raise", "skip"] = "raise",
@@ -111,6 +125,7 @@ class ALIAS(StrictOptimizer):
             "d0": d0,
             "weight_decay": weight_decay,
             "same_batch": same_batch,
+            "curvature": curvature,
             "measure_every": measure_every,
             "accumulate_grad_batches": accumulate_grad_batches,
             "on_nonfinite": on_nonfinite,
@@ -131,6 +146,7 @@ class ALIAS(StrictOptimizer):
             if group["d0"] == 0:
                 raise ValueError(f"d0={group['d0']} must be greater than 0, or None")
         check_choice("same_batch", group["same_batch"], (True, False))
+        check_choice("curvature", group["curvature"], ("norm", "step"))
         for name in ("measure_every", "accumulate_grad_batches"):
             value = group[name]
             if isinstance(value, bool) or not isinstance(value, int):
@@ -241,6 +257,7 @@ class ALIAS(StrictOptimizer):
             decrease,
             difference * options["accumulate_grad_batches"] if before or not options["same_batch"] else None,
             motion,
+            along_step=options["curvature"] == "step",
         )
         for group in self.param_groups:
             group["step_size"] = gamma * local(group["lr"])
@@ -253,7 +270,7 @@ class ALIAS(StrictOptimizer):
         points: dict[Tensor, Tensor],
         before: dict[Tensor, Tensor | None],
     ) -> Part:
-        """Return ||g_t||_1, <g_t, x_{t-1} - x_t>, ||g_t - g_{t-1}||_1 and ||x_t - x_{t-1}||_inf of one parameter."""
+        """Return what a parameter adds to :func:`next_estimates`' gradient, decrease, difference and motion."""
         zero = torch.zeros((), device=param.device)
         grad_sum = decrease = difference = largest = zero
         grad = None
@@ -268,7 +285,8 @@ class ALIAS(StrictOptimizer):
                 decrease = (motion * grad).sum()
                 other = before.get(param) if group["same_batch"] else local(self.state[param].get("prev_grad"))
                 if other is not None:
-                    difference = (grad - other).abs().sum()
+                    along = group["curvature"] == "step"
+                    difference = ((other - grad) * motion).sum() if along else (grad - other).abs().sum()
         return Part(param, (grad_sum, decrease, difference), largest)
 
     def _step_param(

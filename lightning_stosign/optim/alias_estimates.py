@@ -60,7 +60,13 @@ def check_bound(estimates: dict[str, Any], loss: Tensor | None, options: Mapping
 
 
 def next_estimates(
-    estimates: dict[str, Any], grad_sum: Tensor, decrease: Tensor, difference: Tensor | None, motion: Tensor
+    estimates: dict[str, Any],
+    grad_sum: Tensor,
+    decrease: Tensor,
+    difference: Tensor | None,
+    motion: Tensor,
+    *,
+    along_step: bool = False,
 ) -> tuple[dict[str, Any], Tensor]:
     """Return the estimates of step t and its step size gamma_t; scalars, without a transfer to the host.
 
@@ -68,22 +74,26 @@ def next_estimates(
         estimates: of step t - 1.
         grad_sum: ||g_t||_1.
         decrease: <g_t, x_{t-1} - x_t>.
-        difference: ||g_t - g_{t-1}||_1, or None where it was not measured.
+        difference: ||g_t - g_{t-1}||_1, or with ``along_step`` <g_t - g_{t-1}, x_t - x_{t-1}>; None where it was not
+            measured.
         motion: ||x_t - x_{t-1}||_inf.
+        along_step: ALIAS's ``curvature="step"``.
     """
     # eta_t = eta_{t-1} + ||g_t - g_{t-1}||_1 / ||x_t - x_{t-1}||_inf; the last term again where it is not known
     curvature = estimates["curvature"]
     if difference is not None:
-        ratio = difference / motion
+        ratio = difference / (motion.square() if along_step else motion)
         curvature = torch.where(ratio.isfinite(), ratio, curvature)  # not finite where nothing moved
-    eta = estimates["eta"] + curvature
-    # dtilde_t = dtilde_{t-1} + <g_t, x_{t-1} - x_t>
+    eta = estimates["eta"] + curvature.clamp(min=0)  # negative only along a step
+    # dtilde_t = dtilde_{t-1} + <g_t, x_{t-1} - x_t>, to the second order where the curvature along the step is known
     total_decrease = estimates["decrease"] + decrease
+    if along_step:
+        total_decrease = total_decrease + curvature * motion.square() / 2
     # d_t = max(d_{t-1}, dtilde_t), or f(x_0) - f_low
     d = torch.maximum(estimates["d"], total_decrease) if estimates["bound"] is None else estimates["d"]
     # gamma_t = sqrt(d_t / eta_t); until there is a curvature, the step that would lower a linear loss by d0
     linear = torch.where(grad_sum > 0, estimates["d0"] / grad_sum, 0.0)
-    gamma = torch.where(eta > 0, (d / eta).sqrt(), linear)
+    gamma = torch.where(eta > 0, (2 * d / eta if along_step else d / eta).sqrt(), linear)
     moved = {"step": estimates["step"] + 1, "eta": eta, "curvature": curvature, "decrease": total_decrease, "d": d}
     return {**estimates, **moved}, gamma
 

@@ -87,3 +87,21 @@ def test_a_killed_run_resumes_to_the_weights_of_an_uninterrupted_one():
     resumed = fit(*steps, "--ckpt_path", str(checkpoint)).model
     for (name, expected), actual in zip(uninterrupted.named_parameters(), resumed.parameters(), strict=True):
         assert torch.equal(expected, actual), name
+
+
+@pytest.mark.slow
+def test_products_and_states_in_four_bits_train_as_float32_does():
+    four_bits = [
+        "--trainer.plugins=Float8Precision",
+        "--trainer.plugins.init_args.recipe=nvfp4",
+        "--trainer.plugins.init_args.backend=emulation",
+        "--model.stosign.state_precision=fp4-block:stochastic_rounding=true",
+    ]
+    short = ["--trainer.max_steps=60", "--trainer.limit_val_batches=0", "--model.stosign.warmup_steps=10"]
+    losses = []
+    for options in (["--trainer.plugins=null", "--model.stosign.state_precision=null"], four_bits):
+        cli = fit(*short, *options)
+        losses.append(cli.trainer.callback_metrics["train_loss"].item())
+    states = cli.trainer.optimizers[0].state.values()
+    assert sum(state["exp_inf"].dtype == torch.uint8 for state in states) == 17  # 16 matrices and the embedding
+    assert losses[0] < 2.5 and losses[1] < losses[0] + 0.15

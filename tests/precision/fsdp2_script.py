@@ -1,6 +1,7 @@
 """A sharded FP8 run that tests start as a process of its own; Lightning launches the other ranks.
 
 python fsdp2_script.py FOLDER --devices N --steps N [--resume PATH] [--float8_all_gather] [--distributed_checkpoint]
+    [--stosign]
 """
 
 import argparse
@@ -15,14 +16,16 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, TensorDataset
 
+from lightning_stosign import StoSignSGD
 from lightning_stosign.precision import Float8Precision
 
 
 class Net(LightningModule):
     """Tied weights and a layer that is padded, too."""
 
-    def __init__(self) -> None:
+    def __init__(self, stosign: bool) -> None:
         super().__init__()
+        self.stosign = stosign
         self.losses: list[float] = []
         self.embed: nn.Module | None = None
 
@@ -51,6 +54,8 @@ class Net(LightningModule):
         return loss
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
+        if self.stosign:
+            return StoSignSGD(self.parameters(), lr=1e-2, state_precision="fp8:min_numel=0")
         return torch.optim.AdamW(self.parameters(), lr=1e-2)
 
 
@@ -62,6 +67,7 @@ def main() -> None:
     parser.add_argument("--resume")
     parser.add_argument("--float8_all_gather", action="store_true")
     parser.add_argument("--distributed_checkpoint", action="store_true")
+    parser.add_argument("--stosign", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(1)
 
@@ -86,7 +92,7 @@ def main() -> None:
         enable_model_summary=False,
         default_root_dir=args.folder,
     )
-    net = Net()
+    net = Net(args.stosign)
     trainer.fit(net, DataLoader(data, batch_size=16 // args.devices), ckpt_path=args.resume)
     trainer.save_checkpoint(args.folder / "end.ckpt")
     kinds = {
@@ -98,8 +104,11 @@ def main() -> None:
         name: (value.full_tensor() if isinstance(value, DTensor) else value).detach()
         for name, value in net.named_parameters()
     }
+    states = trainer.optimizers[0].state.values()
+    dtypes = {name: state[name].dtype for state in states for name in ("exp_avg", "exp_inf") if name in state}
     torch.save(
-        {"losses": net.losses, "shards": kinds, "weights": weights}, args.folder / f"rank{trainer.global_rank}.pt"
+        {"losses": net.losses, "shards": kinds, "weights": weights, "state_dtypes": dtypes},
+        args.folder / f"rank{trainer.global_rank}.pt",
     )
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

@@ -73,3 +73,18 @@ def test_weights_gathered_in_fp8_are_those_cast_after_gathering(sharded: Any, tm
         assert one["losses"] == other["losses"]
     checkpoint = torch.load(tmp_path / "end.ckpt", weights_only=True)
     assert {type(value) for value in checkpoint["state_dict"].values()} == {torch.Tensor}
+
+
+def test_stosign_with_fp8_states_trains_sharded_and_resumes_on_one(tmp_path: Path) -> None:
+    # Sharded files: gloo cannot gather FP8 tensors (RuntimeError: Invalid scalar type).
+    options = ("--stosign", "--distributed_checkpoint")
+    alone = run(tmp_path / "one", 1, 5, *options)[0]
+    ranks = run(tmp_path / "two", 2, 3, *options)
+    losses = torch.tensor([rank["losses"] for rank in ranks]).mean(0)
+    torch.testing.assert_close(losses, torch.tensor(alone["losses"][:3]), rtol=0.03, atol=0)
+    for name, weight in ranks[0]["weights"].items():
+        assert torch.equal(weight, ranks[1]["weights"][name])
+    assert ranks[0]["state_dtypes"] == {"exp_avg": torch.float8_e4m3fn, "exp_inf": torch.float8_e4m3fn}
+    resumed = run(tmp_path / "on", 1, 5, *options, f"--resume={tmp_path / 'two' / 'end.ckpt'}")[0]
+    torch.testing.assert_close(resumed["losses"], alone["losses"][3:], rtol=0.05, atol=0)
+    assert resumed["state_dtypes"] == ranks[0]["state_dtypes"]
