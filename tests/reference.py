@@ -19,18 +19,29 @@ def key(seed, step, index, stream=0):
     return k
 
 
+def hashed(k, i):
+    """The hash of element i, before the mixer's last shift, one Python integer at a time."""
+    segment = splitmix64(k ^ (i >> 32))
+    h = (((i & MASK32) + segment) * 0x9E3779B1) & MASK32
+    h = ((h ^ (h >> 16)) * 0x7FEB352D) & MASK32
+    h ^= segment >> 32
+    return ((h ^ (h >> 15)) * 0x846CA68B) & MASK32
+
+
 def noise(k, numel, start=0):
-    """n ~ Unif(-1, 1), one Python integer at a time."""
+    """n ~ Unif(-1, 1)."""
     values = []
     for i in range(start, start + numel):
-        segment = splitmix64(k ^ (i >> 32))
-        h = (((i & MASK32) + segment) * 0x9E3779B1) & MASK32
-        h = ((h ^ (h >> 16)) * 0x7FEB352D) & MASK32
-        h ^= segment >> 32
-        h = ((h ^ (h >> 15)) * 0x846CA68B) & MASK32
+        h = hashed(k, i)
         upper = h >> 8 if h < 1 << 31 else (h >> 8) - (1 << 24)  # the upper 24 bits as a signed number
         values.append((2 * upper + 1) / 2**24)
     return np.array(values)
+
+
+def coins(k, numel, start=0):
+    """Whether coin i shows the side of 0 and more: the sign of byte i % 4 of hash i // 4."""
+    words = [(h := hashed(k, i // 4)) ^ h >> 16 for i in range(start, start + numel)]
+    return np.array([word >> 8 * (i % 4) + 7 & 1 == 0 for i, word in enumerate(words, start)])
 
 
 def stosign(x, grads, lr, beta1, beta2, weight_decay, noises):

@@ -22,6 +22,7 @@ _ACCELERATOR_CHUNK = 1 << 22
 _WEYL = 0x9E3779B1  # odd, close to 2**32 divided by the golden ratio
 _SHIFT_1, _MULTIPLIER_1 = 16, 0x7FEB352D  # lowbias32
 _SHIFT_2, _MULTIPLIER_2 = 15, 0x846CA68B
+_SHIFT_3 = 16
 
 _MASK32 = (1 << 32) - 1
 _MASK64 = (1 << 64) - 1
@@ -97,6 +98,24 @@ def uniform_fraction(key: int, numel: int, *, start: int = 0, device: torch.devi
         part = fraction[at : at + bits.numel()]
         part.copy_(bits.bitwise_right_shift_(8).bitwise_and_((1 << 24) - 1)).mul_(2.0**-24)
     return fraction
+
+
+def fair_coins(key: int, numel: int, *, start: int = 0, device: torch.device | str | None = None) -> Tensor:
+    """Return coins ``start`` to ``start + numel`` of ``key``: one side is 0 and more, the other less. Four of a hash.
+
+    Arguments as in :func:`uniform_noise`.
+
+    Returns:
+        int8 tensor of shape ``[numel]``.
+    """
+    first = start // 4
+    coins = torch.empty(4 * (-(-(start + numel) // 4) - first), dtype=torch.int8, device=device)
+    words = coins.view(torch.int32)
+    for at, bits in _hashed_chunks(key, words.numel(), first, words.device):
+        # The mixer's last shift: the sign of a lower byte needs it.
+        part = words[at : at + bits.numel()]
+        torch.bitwise_right_shift(bits, _SHIFT_3, out=part).bitwise_and_(_MASK32 >> _SHIFT_3).bitwise_xor_(bits)
+    return coins[start % 4 : start % 4 + numel]
 
 
 def hash_words(key: int, start: int = 0) -> tuple[int, int]:

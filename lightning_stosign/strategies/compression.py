@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from lightning_stosign.optim.noise import CHUNK, Stream, noise_key, uniform_noise
+from lightning_stosign.optim.noise import CHUNK, Stream, fair_coins, noise_key, uniform_noise
 from lightning_stosign.strategies.packing import packed_width
 
 
@@ -136,13 +136,13 @@ class SignCode:
         Args:
             layout: the bucket's.
             step: the number of the step.
-            out: floating point, shape ``[8 * width]``, to write the coins to: positive or negative numbers.
+            out: int8, shape ``[8 * width]``, to write the coins to: a vote for the positive sign is 0 or more.
         """
         out.zero_()
         for s, first, last in _overlaps(layout, self.rank):
             key = noise_key(self.seed, step, s.index, Stream.TIE)
             start = s.at + first - self.rank * 8 * layout.width
-            out[start : start + last - first] = uniform_noise(key, last - first, start=first, device=out.device)
+            out[start : start + last - first] = fair_coins(key, last - first, start=first, device=out.device)
         return out
 
 
@@ -189,7 +189,7 @@ def decode_(flat: Tensor, counts: Tensor, layout: Layout, scales: Tensor, voters
     """
     counts.sub_(voters / 2)
     for s, scale in zip(layout.compressed, scales * (2 / voters), strict=True):
-        s.of_bucket(flat).copy_(s.of(counts).mul_(scale))
+        torch.mul(s.of(counts), scale, out=s.of_bucket(flat))
 
 
 def _overlaps(layout: Layout, rank: int) -> Iterator[tuple[Slice, int, int]]:

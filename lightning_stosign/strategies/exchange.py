@@ -150,16 +150,25 @@ class SignExchange:
         if step <= self._warmup_steps:
             self.wire.all_reduce_(flat.div_(self.wire.workers))
             return
-        if layout.exact:
-            self._average_exact(flat, layout)
+        # What goes in full precision is under way while the signs are made and counted.
+        finish_average = self._start_average(flat, layout)
         if layout.compressed:
             self._vote(flat, layout, step)
+        finish_average()
 
-    def _average_exact(self, flat: Tensor, layout: Layout) -> None:
-        values = torch.cat([s.of_bucket(flat) for s in layout.exact])
-        self.wire.all_reduce_(values.div_(self.wire.workers))
-        for s in layout.exact:
-            s.of_bucket(flat).copy_(s.of(values))
+    def _start_average(self, flat: Tensor, layout: Layout) -> Callable[[], None]:
+        """Start to average the uncompressed values; return what waits for them and writes them to the bucket."""
+        if not layout.exact:
+            return lambda: None
+        values = torch.cat([s.of_bucket(flat) for s in layout.exact]).div_(self.wire.workers)
+        wait = self.wire.start_all_reduce(values)
+
+        def finish() -> None:
+            wait()
+            for s in layout.exact:
+                s.of_bucket(flat).copy_(s.of(values))
+
+        return finish
 
     def _vote(self, flat: Tensor, layout: Layout, step: int) -> None:
         workers, code = self.wire.workers, self._code
@@ -184,8 +193,8 @@ class SignExchange:
         votes = torch.empty((workers + breaks_ties, layout.width), dtype=torch.uint8, device=flat.device)
         self.wire.all_to_all(signs, votes[:workers])
         if breaks_ties:
-            coins = code.tie_breaker(layout, step, values[: 8 * layout.width])
-            pack_signs(coins.view(1, -1), out=votes[workers:])
+            coins = code.tie_breaker(layout, step, values.view(torch.int8)[: 8 * layout.width])
+            pack_signs(coins.view(1, -1), zero_is_positive=True, out=votes[workers:])
 
         result = majority(votes) if self._aggregation == "majority" else count_votes(votes)
         unpack_counts(self.wire.all_gather(result), values.view(workers, -1))

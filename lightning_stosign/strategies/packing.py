@@ -24,7 +24,7 @@ def pack_signs(values: Tensor, *, zero_is_positive: bool = False, out: Tensor | 
     """Return the signs of values as bits.
 
     Args:
-        values: floating point, shape ``[rows, 8 * width]``.
+        values: floating point or signed integers, shape ``[rows, 8 * width]``.
         zero_is_positive: whether the bit of a zero is 1. The bit of NaN is 0.
         out: uint8, shape ``[rows, width]``, to write to.
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_stosign.optim.noise import CHUNK, Stream, noise_key, uniform_fraction, uniform_noise
+from lightning_stosign.optim.noise import CHUNK, Stream, fair_coins, noise_key, uniform_fraction, uniform_noise
 
 SEEDS = st.integers(0, 2**64 - 1)
 
@@ -22,6 +22,24 @@ def test_key_equals_the_reference(seed, step, index, stream):
 def test_noise_equals_the_reference_bit_for_bit(key, start):
     drawn = uniform_noise(key, 12, start=start)
     np.testing.assert_array_equal(drawn.double().numpy(), reference.noise(key, 12, start))
+
+
+@settings(max_examples=25)
+@given(SEEDS, st.sampled_from([0, 1, 2, 3, 4 * CHUNK - 3, 2**34 - 5, 2**45 + 1]), st.integers(0, 12))
+def test_coins_equal_the_reference(key, start, numel):
+    coins = fair_coins(key, numel, start=start)
+    assert coins.dtype == torch.int8
+    np.testing.assert_array_equal(coins.numpy() >= 0, reference.coins(key, numel, start).astype(bool))
+
+
+def test_coins_are_fair_and_those_of_neighbours_and_steps_agree_as_often_as_not():
+    numel = 1 << 20
+    one, two = ((fair_coins(noise_key(0, step, 0), numel) >= 0) for step in (1, 2))
+    pairs = [(one, torch.ones_like(one)), (one, two), *((one[lag:], one[:-lag]) for lag in range(1, 9))]
+    for a, b in pairs:
+        assert abs((a == b).double().mean().item() - 0.5) < 5 * 0.5 / numel**0.5
+    by_byte = (one.view(-1, 4)).double().mean(0)
+    assert bool(((by_byte - 0.5).abs() < 5 * 0.5 / (numel / 4) ** 0.5).all())
 
 
 def test_a_shard_draws_its_part_of_the_whole_over_chunks_and_the_32_bit_boundary():

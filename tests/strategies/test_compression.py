@@ -46,8 +46,8 @@ def in_place_of_workers(grads, layout, aggregation, step, *, stochastic=True, se
             results.append(count_votes(votes))
             continue
         if workers % 2 == 0:
-            coins = codes[rank].tie_breaker(layout, step, torch.empty(8 * layout.width))
-            votes = torch.cat([votes, pack_signs(coins.view(1, -1))])
+            coins = codes[rank].tie_breaker(layout, step, torch.empty(8 * layout.width, dtype=torch.int8))
+            votes = torch.cat([votes, pack_signs(coins.view(1, -1), zero_is_positive=True)])
         results.append(majority(votes))
     counts = unpack_counts(torch.stack(results), torch.empty(workers, 8 * layout.width)).view(-1)
     flat = grads[0].clone()

@@ -1,7 +1,7 @@
 """What the workers' gradients of one parameter become, in plain numpy: the oracle of the exchange."""
 
 import numpy as np
-from reference import key, noise
+from reference import coins, key, noise
 
 WORKER, TIE = 3, 4  # streams of the noise
 
@@ -29,6 +29,6 @@ def exchanged(grads, aggregation, stochastic, seed, step, index):
     count = positive.sum(0)
     if aggregation == "mean":
         return scale * (2 * count - workers) / workers, lost
-    coins = noise(key(seed, step, index, TIE), numel) > 0
-    won = np.where(2 * count == workers, coins, 2 * count > workers)
+    tie_won = coins(key(seed, step, index, TIE), numel)
+    won = np.where(2 * count == workers, tie_won, 2 * count > workers)
     return scale * np.where(won, 1, -1), lost
