@@ -103,9 +103,9 @@ class StoSignSGD(LowPrecisionOptimizer):
         param_rounding: how a bfloat16 or float16 parameter is rounded after its update in float32: ``"stochastic"``,
             or ``"nearest"``, which loses steps that are below half the spacing of the parameter's numbers.
         fused: True compiles the update into one kernel (torch.compile; the first step takes seconds longer). What has
-            less than 512 values and cannot be gathered with others, float64 parameters, and all where there is no
-            compiler take the eager path, which gives the same bits on the CPU. None: compile on the CPU if the
-            parameters have 10 M values or more. False: never.
+            less than 512 values and cannot be gathered with others, four-bit states, float64 parameters, and all where
+            there is no compiler take the eager path, which gives the same bits on the CPU. None: compile on the CPU if
+            the parameters have 10 M values or more. False: never.
         on_nonfinite: what to do about a gradient with inf or NaN: ``"raise"`` a RuntimeError or ``"skip"`` the step
             with a warning. Parameters and states stay untouched either way. On an accelerator, where the host does not
             wait for the answer, the error or warning comes with the next step.
