@@ -13,7 +13,7 @@ from torch.optim.optimizer import Optimizer, ParamsT, StateDict
 
 from lightning_stosign.optim.sharding import local_grad, max_over_shards, shard_of
 from lightning_stosign.optim.state_precision import FP8_DTYPES
-from lightning_stosign.optim.storage import round_by_noise
+from lightning_stosign.optim.storage import SHAPE_SUFFIX, round_by_noise
 
 
 class StrictOptimizer(Optimizer, ABC):
@@ -150,7 +150,7 @@ class StrictOptimizer(Optimizer, ABC):
                 for name, value in used[0]["state"].get(saved_id, {}).items():
                     if isinstance(value, Tensor):
                         # The package's own counts stay on the CPU; torch knows where another optimizer's belong.
-                        is_count = value.dtype == torch.int64 and value.dim() == 0
+                        is_count = value.dtype == torch.int64 and (value.dim() == 0 or name.endswith(SHAPE_SUFFIX))
                         device = torch.device("cpu") if is_count else self.state[param][name].device
                         self.state[param][name] = value.detach().to(device=device, copy=True)
 

@@ -33,7 +33,6 @@ def quantize(
     precision: StatePrecision,
     *,
     rounding: Literal["nearest", "up"] = "nearest",
-    key: int | None = None,
     static_scale: float = 1.0,
 ) -> tuple[Tensor, Tensor | None]:
     """Round a state to its storage format, if that is not one of four bits.
@@ -44,7 +43,6 @@ def quantize(
         value: float32 or float64, any shape.
         precision: the storage format.
         rounding: ``"nearest"`` (ties to even), or ``"up"``: never below ``value``, which must not be negative.
-        key: with ``precision.stochastic_rounding``, the noise key for rounding at random instead of to the nearest.
         static_scale: factor applied before rounding under ``scaling="none"``.
 
     Returns:
@@ -58,8 +56,6 @@ def quantize(
         scaled = _by_block(torch.div, scaled, scale, precision)
     if rounding == "up":
         return round_up(scaled, precision.dtype).to(precision.dtype), scale
-    if key is not None and precision.stochastic_rounding:
-        return round_by_noise(scaled, precision.dtype, key), scale
     return round_to_nearest(scaled, precision.dtype), scale
 
 
@@ -96,15 +92,11 @@ def pack(
     precision: StatePrecision,
     *,
     rounding: Literal["nearest", "up"] = "nearest",
-    key: int | None = None,
 ) -> Packed:
     """Round a state to four bits a value; as :func:`quantize`, but that a NaN takes its block with it."""
     value = value.float()
-    fraction = None
-    if key is not None and precision.stochastic_rounding and rounding == "nearest":
-        fraction = _blocks(uniform_fraction(key, value.numel(), device=value.device), precision.block_size)
     tensor_scale = fp4_tensor_scale(value.abs().amax())
-    stored, scale = store_fp4(_blocks(value, precision.block_size), tensor_scale, rounding, fraction)
+    stored, scale = store_fp4(_blocks(value, precision.block_size), tensor_scale, rounding)
     return Packed(stored.flatten(), scale, tensor_scale)
 
 
@@ -150,7 +142,6 @@ def write_state(
     precision: StatePrecision,
     *,
     rounding: Literal["nearest", "up"] = "nearest",
-    key: int | None = None,
 ) -> Tensor:
     """Store ``value`` as ``state[name]`` in place and return the values as stored, in float32.
 
@@ -160,11 +151,11 @@ def write_state(
     if stored.dtype in (torch.float32, torch.float64):
         return value if value is stored else stored.copy_(value)
     if precision.is_fp4:
-        packed = pack(value, precision, rounding=rounding, key=key)
+        packed = pack(value, precision, rounding=rounding)
         for suffix, tensor in zip(("", SCALE_SUFFIX, TENSOR_SCALE_SUFFIX), packed, strict=True):
             state[name + suffix].copy_(tensor)
         return unpack(packed, value.shape)
-    rounded, scale = quantize(value, precision, rounding=rounding, key=key, static_scale=precision.static_scale)
+    rounded, scale = quantize(value, precision, rounding=rounding, static_scale=precision.static_scale)
     stored.copy_(rounded)
     if scale is not None:
         state[name + SCALE_SUFFIX].copy_(scale)

@@ -89,7 +89,7 @@ def test_underflow_applies_the_static_scale_by_the_degree_of_the_state(degree, l
     assert underflow_fraction(values, small("fp8-raw:static_scale=32"), degree)[0].item() == lost
 
 
-@pytest.mark.parametrize("name", ["fp8-raw", "fp8", "fp8-block"])
+@pytest.mark.parametrize("name", ["fp8-raw", "fp8", "fp8-block", "fp4-block"])
 def test_underflow_equals_the_zeros_that_emulation_makes_of_adamw_s_states(name):
     torch.manual_seed(0)
     x, y = (torch.nn.Parameter(torch.zeros(96, 64)) for _ in range(2))
