@@ -223,6 +223,14 @@ def check_number(name: str, value: Any, low: float = 0.0, high: float = math.inf
         raise ValueError(f"{name}={value} must be {accepted}")
 
 
+def loss_of(closure: Callable[[], Any] | None) -> Any:
+    """Evaluate a step's closure, whose backward needs gradients that the step itself does without; None without one."""
+    if closure is None:
+        return None
+    with torch.enable_grad():
+        return closure()
+
+
 def check_lr(lr: Any) -> None:
     """Raise unless ``lr`` is a finite number >= 0, or a tensor of one such."""
     if isinstance(lr, Tensor):

@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import ParamsT
 
 from lightning_stosign.optim import engine
-from lightning_stosign.optim._base import StrictOptimizer, check_choice
+from lightning_stosign.optim._base import StrictOptimizer, check_choice, loss_of
 from lightning_stosign.optim._deferred import DeferredCheck, defers
 from lightning_stosign.optim.fused import WORTH_COMPILING, has_compiler
 from lightning_stosign.optim.noise import noise_key
@@ -70,10 +70,7 @@ class LowPrecisionOptimizer(StrictOptimizer):
     @torch.compiler.disable
     @torch.no_grad()
     def _step(self, closure: Callable[[], Any] | None) -> Any:
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = loss_of(closure)
         self._report_deferred()
         updates = list(self._params_with_grad())
         finite: bool | Tensor = True

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from lightning_stosign.optim._base import StrictOptimizer
+from lightning_stosign.optim._base import StrictOptimizer, loss_of
 from lightning_stosign.optim.noise import Stream, noise_key
 
 # What builds the other optimizer of param groups: its class, or a functools.partial of it.
@@ -67,10 +67,7 @@ class ShadowOptimizer(StrictOptimizer):
     @torch.compiler.disable
     @torch.no_grad()
     def _step(self, closure: Callable[[], Any] | None) -> Any:
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = loss_of(closure)
         updates = list(self._params_with_grad())
         if updates and self._gradients_are_finite(updates):
             shadows = self._step_base([param for _, param, _ in updates])

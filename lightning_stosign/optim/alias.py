@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from lightning_stosign.optim._base import StrictOptimizer, check_beta, check_choice, check_number
+from lightning_stosign.optim._base import StrictOptimizer, check_beta, check_choice, check_number, loss_of
 from lightning_stosign.optim.alias_estimates import CHECK_BOUND_EVERY, check_bound, first_estimates, next_estimates
 from lightning_stosign.optim.noise import Stream, noise_key
 from lightning_stosign.optim.same_batch import gradients_at
@@ -191,17 +191,15 @@ class ALIAS(StrictOptimizer):
             points = {param: point for param, point in moved if point is not None}
             before = dict(zip(points, gradients_at(list(points), list(points.values()), closure), strict=True))
         # Without a closure: a step of size 0, by which torch.distributed.checkpoint makes the states that it loads.
-        loss = options["loss_lower_bound"] if options["same_batch"] else None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        assumed = options["loss_lower_bound"] if options["same_batch"] else None
+        loss = loss_of(closure)
         updates = list(self._params_with_grad())
         if updates and self._gradients_are_finite(updates):
-            self._estimate(loss, points, before)
+            self._estimate(assumed if closure is None else loss, points, before)
             for index, param, group in updates:
                 grad = local_grad(param).to(torch.promote_types(param.dtype, torch.float32))
                 self._step_param(index, param, grad, self.state[param], group)
-        return None if closure is None else loss
+        return loss
 
     def _measures(self) -> bool:
         """Return whether this step computes a second gradient."""

@@ -8,7 +8,7 @@ import torch
 from torch.optim import AdamW, Muon
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from lightning_stosign.optim._base import check_beta, check_choice, check_lr, check_number, check_pair
+from lightning_stosign.optim._base import check_beta, check_choice, check_lr, check_number, check_pair, loss_of
 
 
 class MuonAdamW(Optimizer):
@@ -81,10 +81,7 @@ class MuonAdamW(Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Perform one step of both optimizers; returns the closure's loss."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = loss_of(closure)
         for part in self.parts:
             part.step()
         return loss
