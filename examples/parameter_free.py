@@ -255,7 +255,7 @@ def gpt(
         pl.seed_everything(0, verbose=False)
         model = TrainedGPT(lambda params, momentum=momentum: SignSGD(params, 1e-3, momentum), context)  # type: ignore[misc]
         data = TextDataModule(context=context, batch_size=batch_size)
-        search = find_step_size(quiet_trainer(steps), model, datamodule=data, steps=steps, curvature="step")
+        search = find_step_size(quiet_trainer(steps), model, datamodule=data, steps=steps)
         report_finder(f"GPT, momentum {momentum}", search.suggestion(), losses)
     save(figure, Path(out) / "gpt.png")
 

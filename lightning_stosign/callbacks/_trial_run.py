@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
@@ -22,17 +21,15 @@ class TrialRun:
         optimizer: the trainer's, its learning rate set.
         step_size: that learning rate. With 0 the parameters are left alone and only losses are recorded.
         measure_every: the curvature is measured in the first so many steps and then in every so many.
-        along_step: whether to measure it along the step.
 
     Attributes:
         losses: f(x_t) on the mini-batch of step t, the mean over the processes.
-        curvatures: ||g_t - g_{t-1}||_1 / ||x_t - x_{t-1}||_inf on that mini-batch, or along the step <g_t - g_{t-1},
-            x_t - x_{t-1}> / ||x_t - x_{t-1}||_inf^2; the last one where not measured.
+        curvatures: ||g_t - g_{t-1}||_1 / ||x_t - x_{t-1}||_inf on that mini-batch; the last one where not measured.
         diverged: a loss or gradient was not finite, and the run ended with that.
     """
 
-    def __init__(self, optimizer: Optimizer, step_size: float, measure_every: int, along_step: bool = False) -> None:
-        self.step_size, self.measure_every, self.along_step = step_size, measure_every, along_step
+    def __init__(self, optimizer: Optimizer, step_size: float, measure_every: int) -> None:
+        self.step_size, self.measure_every = step_size, measure_every
         self.losses: list[float] = []
         self.curvatures: list[float] = []
         self.diverged = False
@@ -74,10 +71,8 @@ class TrialRun:
             raise RuntimeError("SignStepSizeFinder: training_step returned no loss in a trial run")
         curvature = self.curvatures[-1] if self.curvatures else 0.0
         if grads_before is not None and before is not None:
-            parts = map(partial(_part, along_step=self.along_step), self._params, before, grads_before)
-            difference, motion = totals(parts, loss.device).tolist()
-            if motion > 0:
-                curvature = difference / (motion**2 if self.along_step else motion)
+            difference, motion = totals(map(_part, self._params, before, grads_before), loss.device).tolist()
+            curvature = difference / motion if motion > 0 else curvature
         value = self._trainer.strategy.reduce(loss.detach().clone(), reduce_op="mean").item()
         if not (math.isfinite(value) and math.isfinite(curvature) and self._grads_are_finite()):
             self.diverged = self._trainer.should_stop = True
@@ -99,13 +94,12 @@ class TrialRun:
         return math.isfinite(totals(parts, self._params[0].device)[0].item())
 
 
-def _part(param: Tensor, before: Tensor, grad_before: Tensor | None, *, along_step: bool) -> Part:
-    """Return ||g_t - g_{t-1}||_1, or <g_t - g_{t-1}, x_t - x_{t-1}>, and ||x_t - x_{t-1}||_inf of one parameter."""
+def _part(param: Tensor, before: Tensor, grad_before: Tensor | None) -> Part:
+    """Return ||g_t - g_{t-1}||_1 and ||x_t - x_{t-1}||_inf of one parameter."""
     zero = torch.zeros((), device=param.device)
     if before.numel() == 0:
         return Part(param, (zero,), zero)
     difference = zero
     if param.grad is not None and grad_before is not None:
-        change = local_grad(param) - grad_before
-        difference = (change * (local(param) - before)).sum() if along_step else change.abs().sum()
+        difference = (local_grad(param) - grad_before).abs().sum()
     return Part(param, (difference,), (before - local(param)).abs().amax())

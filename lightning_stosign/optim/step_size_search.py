@@ -12,17 +12,15 @@ class Trial(NamedTuple):
     phi: float
 
 
-def asked_step_size(decrease: float, curvatures: Sequence[float], *, along_step: bool = False) -> float:
+def asked_step_size(decrease: float, curvatures: Sequence[float]) -> float:
     r"""Return :math:`\phi = \sqrt{(f(x_0) - \min_t f(x_t)) / \sum_t \|g_{t+1} - g_t\|_1 / \|x_{t+1} - x_t\|_\infty}`.
 
     Args:
         decrease: how far the loss fell in the trial run; 0 where it did not.
         curvatures: the terms of the sum.
-        along_step: they are the curvatures along the steps instead, which can be negative. Returned is
-            :math:`\sqrt 2 \phi` then, which makes the bound least.
     """
-    total = sum(max(curvature, 0.0) for curvature in curvatures)
-    return math.sqrt((2 if along_step else 1) * decrease / total) if decrease > 0 and total > 0 else 0.0
+    total = sum(curvatures)
+    return math.sqrt(decrease / total) if decrease > 0 and total > 0 else 0.0
 
 
 def search_step_size(phi: Callable[[float], float], start: float, max_doublings: int = 32) -> list[Trial]:

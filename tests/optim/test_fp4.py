@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from torch import nn
 
-from lightning_stosign import SignSGD, StatePrecision, StoSignSGD, state_bytes
+from lightning_stosign import SignSGD, StatePrecision, StoSignSGD, promote_state, state_bytes
 from lightning_stosign.optim import engine
 from lightning_stosign.optim.fp4 import round_e2m1, round_e2m1_stochastically, round_e2m1_up
 from lightning_stosign.optim.storage import init_state, pack, read_state, unpack, write_state
@@ -247,3 +247,20 @@ def test_fused_takes_the_eager_path_with_the_same_bits():
 def test_an_envelope_that_cannot_decay_is_warned_of(beta2, warns, recwarn):
     StoSignSGD([nn.Parameter(torch.ones(1))], betas=(0.9, beta2), state_precision=FP4)
     assert bool(recwarn) is warns
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_promoted_envelope_still_covers_the_momentum(seed):
+    x = nn.Parameter(torch.zeros(37, 23))
+    optimizer = StoSignSGD([x], state_precision=FP4)
+    for grad in gradients(x.shape, 4 + seed):
+        x.grad = grad
+        optimizer.step()
+    before = read_state(optimizer.state[x], "exp_inf", PRECISION)
+    wider = promote_state(optimizer, x)
+    assert str(wider) == "fp8-block:min_numel=0"
+    m, G = (read_state(optimizer.state[x], name, wider) for name in ("exp_avg", "exp_inf"))
+    assert bool((m.abs() <= G).all()) and bool((before <= G).all())
+    assert "exp_avg_shape" not in optimizer.state[x]
+    x.grad = grad
+    optimizer.step()

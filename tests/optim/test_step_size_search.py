@@ -39,7 +39,6 @@ def test_search_without_a_crossing_ends(phi):
 
 def test_asked_step_size_is_the_formula():
     assert asked_step_size(2.0, [1.0, 3.0, 4.0]) == 0.5
-    assert asked_step_size(2.0, [1.0, -3.0, 7.0], along_step=True) == math.sqrt(0.5)
     assert asked_step_size(-1.0, [1.0]) == asked_step_size(1.0, [0.0]) == 0.0
 
 
