@@ -93,9 +93,9 @@ class SignStepSizeFinder(Callback):
     As the bound's step size shrinks with the square root of the number of steps, so does what is found: with ``steps``
     much below the training's, start from the suggestion and let a schedule lower it.
 
-    It is the step size of a bound, and a bound can be far from the truth. On the examples' GPT (200 steps) it is a third
-    of the best rate tried with momentum, but a twentieth of it without: there the steps swing to and fro across the
-    steepest directions, and each swing counts as if its loss were never won back.
+    It is the step size of a bound, and a bound can be far from the truth. On the examples' GPT (200 steps) it is a
+    third of the best rate tried with momentum, but a twentieth of it without: there the steps swing to and fro across
+    the steepest directions, and each swing counts as if its loss were never won back.
 
     On mini-batches, the decrease of the loss is the difference on the *same* mini-batch between the parameters at the
     start and those of the trial's step, averaged over a tenth of the trial; both gradients of a difference come from
