@@ -1,7 +1,7 @@
 """ALIAS finds its step size by itself: is that as good as SignSGD with the best of a grid of step sizes?
 
-    python examples/parameter_free.py logistic     # logistic regression, full gradients and mini-batches
-    python examples/parameter_free.py gpt          # the examples' GPT
+    python examples/parameter_free.py logistic     # logistic regression, full gradients and mini-batches: five minutes
+    python examples/parameter_free.py gpt          # the examples' GPT: five minutes of one core
     python examples/parameter_free.py gpt --seeds 3
 
 Each prints a table and writes a figure. ALIAS needs now and then a second gradient on the same mini-batch, so it is
