@@ -1,8 +1,8 @@
 """The whole update as one compiled kernel: one pass over parameter, gradient and states, noise included.
 
 A kernel sees a tensor as rows of :data:`ROW` values (of a block, under block scaling). The number of rows is dynamic
-and the length of a row is not, so that one compilation serves all shapes and the inner loop is vectorised, the element
-index made within it. What is compiled is :class:`UpdateSpec`, which the eager path runs as it is: both give the same
+and the length of a row is not, so that one compilation serves all shapes and the inner loop is vectorised. FP8 states
+are seen as their bits. What is compiled is :class:`UpdateSpec`, which the eager path runs as it is: both give the same
 bits on the CPU.
 """
 
@@ -16,16 +16,23 @@ import torch
 from torch import Tensor
 
 from lightning_stosign.optim.noise import weyl_sequence
+from lightning_stosign.optim.state_precision import FP8_DTYPES
 from lightning_stosign.optim.update import Constants, RowNoise, UpdateSpec
 
 ROW = 256
+_LANES = 16  # float32 values in a vector of AVX-512
 
 # Below so many values in all, an eager step is a matter of milliseconds and a compilation of seconds.
 WORTH_COMPILING = 10_000_000
 
 # Inductor would go on with the unrounded value where a rounded one is converted back to float32, and would cut a chain
-# of this many operations in two, with a buffer as large as the parameter between them.
-_OPTIONS: dict[str, Any] = {"emulate_precision_casts": True, "realize_opcount_threshold": 1000}
+# of many operations or of a value's several uses in two, with a buffer as large as the parameter between them.
+_OPTIONS: dict[str, Any] = {
+    "emulate_precision_casts": True,
+    "realize_opcount_threshold": 1000,
+    "realize_reads_threshold": 1000,
+    "realize_acc_reads_threshold": 1000,
+}
 
 
 @lru_cache(maxsize=1)
@@ -64,13 +71,15 @@ def compiled_update(
         sequence: likewise.
         constants: the numbers of the step.
     """
-    kernel = _compiled(_update, spec, tuple(tensor.dtype for tensor in rows), rows[0].device)
+    interleaved = _interleaves(rows)
+    kernel = _compiled(_update, spec, tuple(tensor.dtype for tensor in rows), rows[0].device, interleaved)
     kernel(
-        [_without_base(tensor) for tensor in rows],
+        [_rows(tensor, interleaved) for tensor in rows],
         [_operand(scale) for scale in scales],
         None if new_scales is None else _static(new_scales),
         _without_base(words),
         _without_base(sequence),
+        _row_sequence(rows[0].shape[1], interleaved, rows[0].device),
         _as_tensor(constants, rows[0].device),
         spec,
     )
@@ -80,8 +89,8 @@ def compiled_largest(
     spec: UpdateSpec, rows: Sequence[Tensor], scales: Sequence[Tensor | None], constants: Constants
 ) -> Tensor:
     """Run :meth:`UpdateSpec.largest` compiled; arguments as above."""
-    kernel = _compiled(_largest, spec, tuple(tensor.dtype for tensor in rows), rows[0].device)
-    operands = [_without_base(tensor) for tensor in rows]
+    kernel = _compiled(_largest, spec, tuple(tensor.dtype for tensor in rows), rows[0].device, False)
+    operands = [_rows(tensor, False) for tensor in rows]
     return kernel(operands, [_operand(scale) for scale in scales], _as_tensor(constants, rows[0].device), spec)
 
 
@@ -91,11 +100,11 @@ def _update(
     new_scales: Tensor | None,
     words: Tensor,
     sequence: Tensor,
+    row: Tensor,
     constants: Tensor,
     spec: UpdateSpec,
 ) -> None:
     param, grad, *stored = rows
-    row = weyl_sequence(param.shape[1], device=param.device)
     noise = RowNoise(spec.streams(), words, sequence, row)
     spec.update(param, grad, spec.stored(param, stored, scales, new_scales), noise, _from_tensor(constants))
 
@@ -125,18 +134,54 @@ def _static(tensor: Tensor) -> Tensor:
     return tensor
 
 
+@lru_cache(maxsize=32)
+def _row_sequence(numel: int, interleaved: bool, device: torch.device) -> Tensor:
+    row = weyl_sequence(numel, device=device)
+    return _static(_interleave(row.unsqueeze(0))[0].contiguous() if interleaved else row)
+
+
+def _interleaves(rows: Sequence[Tensor]) -> bool:
+    """Return whether the vectors of a row are to be visited every second one first.
+
+    Inductor's vectors are as long as float32's. On AVX-512 it reads and writes the 16 values of a 16-bit dtype as the
+    half of a vector, masked, and the processor makes a read wait for a masked write to the half beside it: as many
+    times longer as the kernel has instructions to wait with.
+    """
+    return rows[0].shape[1] % (2 * _LANES) == 0 and any(tensor.dtype.itemsize == 2 for tensor in rows)
+
+
+def _interleave(rows: Tensor) -> Tensor:
+    """View rows as ``[rows, 2, pairs of vectors, lanes]``: first all even vectors of a row, then all odd ones."""
+    return rows.view(len(rows), -1, 2, _LANES).transpose(1, 2)
+
+
+def _rows(tensor: Tensor, interleaved: bool) -> Tensor:
+    if tensor.dtype in FP8_DTYPES:
+        tensor = tensor.view(torch.int8)
+    rows = _without_base(_interleave(tensor) if interleaved else tensor)
+    for dim in range(1, rows.dim()):
+        torch._dynamo.mark_static(rows, dim)
+    return rows
+
+
 def _operand(scale: Tensor | None) -> Tensor | None:
     return scale if scale is None or scale.dim() == 0 else _without_base(scale)
 
 
 @lru_cache(maxsize=256)
 def _compiled(
-    function: Callable[..., Any], spec: UpdateSpec, dtypes: tuple[torch.dtype, ...], device: torch.device
+    function: Callable[..., Any],
+    spec: UpdateSpec,
+    dtypes: tuple[torch.dtype, ...],
+    device: torch.device,
+    interleaved: bool,
 ) -> Callable[..., Any]:
     """Return the function, compiled on its first call, for one kind of update."""
     # With a code object of its own: torch.compile limits the number of compilations of one, and each kind needs one.
     own = FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
-    return torch.compile(own, dynamic=True, fullgraph=True, options=_OPTIONS)
+    # Interleaved rows are to be visited in the order of their dimensions, not of their memory.
+    options = {**_OPTIONS, "pick_loop_orders": not interleaved}
+    return torch.compile(own, dynamic=True, fullgraph=True, options=options)
 
 
 def _without_base(tensor: Tensor) -> Tensor:

@@ -1,9 +1,13 @@
 """Rounding float32 values to narrower formats: to nearest, up, or at random. Elementwise, for torch.compile to fuse."""
 
+import math
+
 import torch
 from torch import Tensor
 
 _EXPONENT_BITS = 0x7F800000  # of float32
+_SIGN = -(1 << 31)
+_BFLOAT16_BITS = -0x10000  # of float32, those that bfloat16 has
 
 
 def round_to_nearest(value: Tensor, dtype: torch.dtype) -> Tensor:
@@ -13,20 +17,28 @@ def round_to_nearest(value: Tensor, dtype: torch.dtype) -> Tensor:
     return value.clamp(-largest, largest).to(dtype)
 
 
+def nearest_in_float32(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """Round float32 values as :func:`round_to_nearest`, without the cast: ``.to(dtype)`` is exact.
+
+    Args:
+        value: float32, any shape.
+        dtype: float16 or FP8.
+    """
+    units, spacing = _in_units(value.abs().clamp(max=torch.finfo(dtype).max), dtype)
+    return _with_sign(units.round() * spacing, value)
+
+
 def round_up(value: Tensor, dtype: torch.dtype) -> Tensor:
     """Round float32 values >= 0 to the smallest number of ``dtype`` not below them, or to the largest of all.
 
     Returns:
         float32 tensor: ``.to(dtype)`` is exact.
     """
-    info = torch.finfo(dtype)
-    value = value.clamp(max=info.max)
-    dropped = round(2**23 * info.eps) - 1  # float32's mantissa bits beyond dtype's
-    normal = ((value.view(torch.int32) + dropped) & ~dropped).view(torch.float32)
-    if dtype == torch.bfloat16:  # has float32's subnormal numbers
-        return normal
-    smallest = info.smallest_normal * info.eps
-    return torch.where(value < info.smallest_normal, torch.ceil(value * (1 / smallest)) * smallest, normal)
+    value = value.clamp(max=torch.finfo(dtype).max)
+    if dtype == torch.bfloat16:
+        return _cut_to_bfloat16(value, ~_BFLOAT16_BITS)
+    units, spacing = _in_units(value, dtype)
+    return units.ceil() * spacing
 
 
 def round_stochastically(value: Tensor, dtype: torch.dtype, fraction: Tensor) -> Tensor:
@@ -39,16 +51,29 @@ def round_stochastically(value: Tensor, dtype: torch.dtype, fraction: Tensor) ->
         dtype: a narrower one.
         fraction: float32 in [0, 1), same shape: the upper neighbour is taken where it is below the value's position
             between the two.
+
+    Returns:
+        float32 tensor: ``.to(dtype)`` is exact.
     """
-    info = torch.finfo(dtype)
-    magnitude = value.abs().clamp(max=info.max)
-    # The spacing of dtype's numbers at this magnitude, constant below the smallest normal number.
-    binade = magnitude.clamp(min=info.smallest_normal).view(torch.int32) & _EXPONENT_BITS
-    spacing = binade.view(torch.float32) * info.eps
-    units = magnitude / spacing
+    largest = torch.finfo(dtype).max
+    value = value.clamp(-largest, largest)
+    if dtype == torch.bfloat16:
+        # A carry out of the dropped bits makes the upper neighbour: where they are above 2**16 times the fraction.
+        return _cut_to_bfloat16(value, ~_BFLOAT16_BITS - (fraction * 2.0**16).to(torch.int32))
+    units, spacing = _in_units(value.abs(), dtype)
     lower = units.floor()
-    rounded = ((lower + (fraction < units - lower)) * spacing).clamp(max=info.max)
-    return torch.where(value < 0, -rounded, rounded).to(dtype)
+    return _with_sign((lower + (fraction < units - lower)) * spacing, value)
+
+
+def _with_sign(magnitude: Tensor, signed: Tensor) -> Tensor:
+    """Return ``magnitude.copysign(signed)``, which torch.compile does not inline."""
+    return (magnitude.view(torch.int32) | (signed.view(torch.int32) & _SIGN)).view(torch.float32)
+
+
+def _cut_to_bfloat16(value: Tensor, addend: Tensor | int) -> Tensor:
+    """Add to the bits of float32 numbers that are not inf, then drop those that bfloat16 has not."""
+    cut = ((value.view(torch.int32) + addend) & _BFLOAT16_BITS).view(torch.float32)
+    return cut + (value - value)  # 0, but NaN for a NaN, whose bits may have overflown
 
 
 def power_of_two_scale(amax: Tensor, largest: float) -> Tensor:
@@ -58,3 +83,20 @@ def power_of_two_scale(amax: Tensor, largest: float) -> Tensor:
     exponent = (bits >> 23) + ((bits & ~_EXPONENT_BITS) != 0)
     power = (exponent.clamp(1, 254) << 23).view(torch.float32)
     return torch.where(ratio == 0, 1.0, power)
+
+
+def _in_units(magnitude: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return magnitudes in units of the spacing of ``dtype``'s numbers around them, and that spacing; both exact.
+
+    The spacing is constant below the smallest normal number. Not for bfloat16: 2**133 is not a float32 number.
+    """
+    info = torch.finfo(dtype)
+    one, eps, smallest_normal = (_power_of_two_bits(power) for power in (1.0, info.eps, info.smallest_normal))
+    binade = (magnitude.view(torch.int32) & _EXPONENT_BITS).clamp(min=smallest_normal)
+    spacing = binade - (one - eps)
+    return magnitude * (2 * one - spacing).view(torch.float32), spacing.view(torch.float32)
+
+
+def _power_of_two_bits(power: float) -> int:
+    """Return float32's bits of a power of two."""
+    return (math.frexp(power)[1] + 126) << 23

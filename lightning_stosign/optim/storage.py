@@ -62,7 +62,7 @@ def quantize(
 def round_by_noise(value: Tensor, dtype: torch.dtype, key: int) -> Tensor:
     """Round float32 values stochastically to ``dtype``, by the noise of ``key`` at each element's row-major index."""
     fraction = uniform_fraction(key, value.numel(), device=value.device).view(value.shape)
-    return round_stochastically(value, dtype, fraction)
+    return round_stochastically(value, dtype, fraction).to(dtype)
 
 
 def dequantize(stored: Tensor, scale: Tensor | None, precision: StatePrecision, *, static_scale: float = 1.0) -> Tensor:

@@ -40,7 +40,7 @@ class StoSignRule(Rule):
         m = exp_avg.write(self._momentum(grad, exp_avg, constants), noise)
         # G_t = max(beta2 G_{t-1}, |m_t|), of the m_t that was stored
         G = self._decayed(exp_inf, constants)
-        G = exp_inf.write_up(torch.maximum(G, m.abs(), out=G))
+        G = exp_inf.write_up(G.clamp_min_(m.abs()))
         if self.stochastic:
             return noise.uniform(Stream.UPDATE).to(m.dtype).mul_(G).add_(m).sign_()
         return torch.where(G == 0, 0.0, m / G)

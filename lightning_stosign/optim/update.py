@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_stosign.optim.fp8_bits import decode, encode
 from lightning_stosign.optim.noise import (
     Stream,
     fraction_from_bits,
@@ -16,7 +17,13 @@ from lightning_stosign.optim.noise import (
     uniform_fraction,
     uniform_noise,
 )
-from lightning_stosign.optim.rounding import power_of_two_scale, round_stochastically, round_to_nearest, round_up
+from lightning_stosign.optim.rounding import (
+    nearest_in_float32,
+    power_of_two_scale,
+    round_stochastically,
+    round_to_nearest,
+    round_up,
+)
 from lightning_stosign.optim.state_precision import StatePrecision
 
 
@@ -73,7 +80,7 @@ class RowNoise(Noise):
         streams: the streams in ``words``.
         words: int32, ``[rows, 2 * streams]``: the ``hash_words`` of each row's parameter.
         sequence: int32, ``[rows]``: the Weyl sequence at each row's first element.
-        row: the Weyl sequence of a row's elements, int32 ``[values in a row]``.
+        row: the Weyl sequence of a row's elements, int32 in the shape of a row.
     """
 
     def __init__(self, streams: Sequence[Stream], words: Tensor, sequence: Tensor, row: Tensor) -> None:
@@ -81,8 +88,9 @@ class RowNoise(Noise):
 
     def _bits(self, stream: Stream) -> Tensor:
         at = 2 * self._streams.index(stream)
-        origin, high = self._words[:, at : at + 1], self._words[:, at + 1 : at + 2]
-        return hash_bits(self._sequence.unsqueeze(1) + self._row, origin, high)
+        per_row = (-1, *(1 for _ in self._row.shape))
+        origin, high = (self._words[:, i].view(per_row) for i in (at, at + 1))
+        return hash_bits(self._sequence.view(per_row) + self._row, origin, high)
 
     def uniform(self, stream: Stream) -> Tensor:
         """Return noise in the rows' shape."""
@@ -97,7 +105,7 @@ class StoredRows:
     """Rows of one state during its update.
 
     Args:
-        stored: ``[rows, values]`` in the storage's dtype; changed in place.
+        stored: ``[rows, ...]`` in the storage's dtype, FP8 to be compiled as its bits in int8; changed in place.
         precision: how they are stored.
         scale: float32: 0-dimensional under ``scaling="tensor"``, ``[rows]`` under ``"block"`` (changed in place: a
             row is a block), else None.
@@ -115,12 +123,14 @@ class StoredRows:
     ) -> None:
         self._stored, self._precision, self._scale, self._new_scale = stored, precision, scale, new_scale
         self._in_place, self._compute_dtype = stored.dtype == compute_dtype, compute_dtype
+        self._as_bits = stored.dtype == torch.int8
+        self._dtype = precision.dtype if self._as_bits else stored.dtype
 
     def read(self) -> Tensor:
         """Return the values, to be changed in place and then handed to a write method."""
         if self._in_place:
             return self._stored
-        value = self._stored.to(self._compute_dtype)
+        value = decode(self._stored, self._dtype) if self._as_bits else self._stored.to(self._compute_dtype)
         if self._precision.scaling == "none":
             static_scale = self._precision.static_scale
             return value.mul_(1 / static_scale) if static_scale != 1 else value
@@ -132,12 +142,11 @@ class StoredRows:
         if self._in_place:
             return value
         scaled, scale = self._scaled(value)
-        dtype = self._stored.dtype
-        if self._precision.stochastic_rounding and dtype.itemsize < 4:
-            rounded = round_stochastically(scaled, dtype, noise.fraction(Stream.ROUND_STATE))
+        if self._precision.stochastic_rounding and self._dtype.itemsize < 4:
+            rounded = round_stochastically(scaled, self._dtype, noise.fraction(Stream.ROUND_STATE))
         else:
-            rounded = round_to_nearest(scaled, dtype)
-        self._stored.copy_(rounded)
+            rounded = (nearest_in_float32 if self._as_bits else round_to_nearest)(scaled, self._dtype)
+        self._store(rounded)
         return self._unscaled(rounded.to(self._compute_dtype), scale)
 
     def write_up(self, value: Tensor) -> Tensor:
@@ -145,9 +154,12 @@ class StoredRows:
         if self._in_place:
             return value
         scaled, scale = self._scaled(value)
-        rounded = round_up(scaled, self._stored.dtype) if self._stored.dtype.itemsize < 4 else scaled
-        self._stored.copy_(rounded.to(self._stored.dtype))
+        rounded = round_up(scaled, self._dtype) if self._dtype.itemsize < 4 else scaled
+        self._store(rounded)
         return self._unscaled(rounded.to(self._compute_dtype), scale)
+
+    def _store(self, rounded: Tensor) -> None:
+        self._stored.copy_(encode(rounded, self._dtype) if self._as_bits else rounded)
 
     def _scaled(self, value: Tensor) -> tuple[Tensor, Tensor | None]:
         value = value.to(torch.float32)
@@ -157,7 +169,8 @@ class StoredRows:
         scale = self._new_scale
         if self._precision.scaling == "block":
             assert self._scale is not None
-            scale = power_of_two_scale(value.abs().amax(dim=1), torch.finfo(self._stored.dtype).max)
+            amax = value.abs().amax(dim=tuple(range(1, value.dim())))
+            scale = power_of_two_scale(amax, torch.finfo(self._dtype).max)
             self._scale.copy_(scale)
         assert scale is not None
         return value * self._per_value(1 / scale), scale
@@ -169,7 +182,7 @@ class StoredRows:
         return rounded * (1 / static_scale) if static_scale != 1 else rounded
 
     def _per_value(self, scale: Tensor) -> Tensor:
-        return scale.unsqueeze(1) if self._precision.scaling == "block" else scale
+        return scale.view(-1, *(1 for _ in self._stored.shape[1:])) if self._precision.scaling == "block" else scale
 
 
 class Rule(ABC):
