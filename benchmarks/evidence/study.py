@@ -44,7 +44,10 @@ START = 2e-3
 
 FP8 = "fp8"  # states: E4M3, one scale a tensor, the paper's coarse scaling
 GEMM = "current"  # FP8 matrix products: E4M3 forward, E5M2 gradients
-OTHER_STATES = {"AdamW": ("fp8-raw:static_scale=1024", "fp8-block"), OURS: ("fp8-raw:static_scale=1024", "fp8-block")}
+OTHER_STATES = {
+    OURS: ("fp8-raw:static_scale=1024", "fp8-block", "fp4-block"),
+    "AdamW": ("fp8-raw:static_scale=1024", "fp8-block", "fp4-block"),
+}
 SMALL_STEPS = 200  # of the image and the fine-tuning task
 LONGER, SHARES = 3, (2 / 3, 5 / 6)  # times the steps of the others; shares of that for ours alone
 COMPARED_LONGER = (*COMPARED, "StoSignSGDv2")
@@ -176,12 +179,12 @@ class Study:
             settings = {"task": task, "steps": SMALL_STEPS}
             rates = self.tune(COMPARED, **settings)
             yield self.results(task, self.pairs(rates, gemm="float32", **settings))
+        rates = {method: best[method] for method in (*COMPARED, "IE-StoSignSGD")} | self.tune(ABLATIONS)
+        yield self.results("parts of StoSignSGD", self.fp8(rates, gemm="float32"))
         yield self.results("every method", self.fp8(best))
         formats = [(method, states) for method, others in OTHER_STATES.items() for states in others]
         runs = [run for method, states in formats for run in self.fp8({method: best[method]}, states=states)]
         yield self.results("other formats of the states", runs)
-        rates = {method: best[method] for method in (*COMPARED, "IE-StoSignSGD")} | self.tune(ABLATIONS)
-        yield self.results("parts of StoSignSGD", self.fp8(rates, gemm="float32"))
         if self.corpus is not None:
             yield self.results("another text", self.pairs(compared, corpus=self.corpus))
         yield self.results("FP8 states of every method", self.pairs(best))
