@@ -51,6 +51,10 @@ class Fp4Rows(StoredRows):
         """Store values >= 0 rounded up and return them as stored."""
         return self._write(value, "up", None)
 
+    def write_decayed(self, value: Tensor, at_least: Tensor, noise: Noise) -> Tensor:
+        """Store the larger of values >= 0 rounded up: in four bits a decay is not kept on average."""
+        return self.write_up(torch.maximum(value, at_least))
+
     def _write(self, value: Tensor, rounding: Literal["nearest", "up"], fraction: Tensor | None) -> Tensor:
         assert self._new_scale is not None
         stored, scale = store_fp4(

@@ -36,6 +36,7 @@ class Stream(IntEnum):
     ROUND_PARAM = 2  # stochastic rounding of a bfloat16 or float16 parameter
     WORKER = 3  # the sign that a worker sends; the seed is made of the rank too
     TIE = 4  # the casting vote on a coordinate, the same for all workers
+    ROUND_ENVELOPE = 5  # stochastic rounding of a decayed envelope
 
 
 def noise_key(seed: int, step: int, index: int, stream: Stream = Stream.UPDATE) -> int:

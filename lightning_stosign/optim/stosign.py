@@ -17,6 +17,8 @@ from lightning_stosign.optim.state_precision import StatePrecision
 from lightning_stosign.optim.storage import largest_as_stored, largest_number
 from lightning_stosign.optim.update import Constants, Noise, Rule, StoredRows, is_one
 
+_SLOWEST_IN_FOUR_BITS = 0.75  # from 4 to 3
+
 
 @dataclass(frozen=True)
 class StoSignRule(Rule):
@@ -24,6 +26,7 @@ class StoSignRule(Rule):
 
     stochastic: bool
     maximize: bool
+    decays: bool = False  # beta2 < 1, and states may be stored in less than float32
 
     @property
     def states(self) -> tuple[str, ...]:
@@ -31,8 +34,9 @@ class StoSignRule(Rule):
         return "exp_avg", "exp_inf"
 
     def streams(self) -> tuple[Stream, ...]:
-        """Return the stream of n_t."""
-        return (Stream.UPDATE,) if self.stochastic else ()
+        """Return the streams of n_t and of the decayed envelope's rounding."""
+        used = ((Stream.UPDATE, self.stochastic), (Stream.ROUND_ENVELOPE, self.decays))
+        return tuple(stream for stream, is_used in used if is_used)
 
     def direction(self, grad: Tensor, states: Sequence[StoredRows], noise: Noise, constants: Constants) -> Tensor:
         """Return sign(m_t + G_t n_t), or m_t / G_t."""
@@ -40,7 +44,7 @@ class StoSignRule(Rule):
         m = exp_avg.write(self._momentum(grad, exp_avg, constants), noise)
         # G_t = max(beta2 G_{t-1}, |m_t|), of the m_t that was stored
         G = self._decayed(exp_inf, constants)
-        G = exp_inf.write_up(G.clamp_min_(m.abs()))
+        G = exp_inf.write_decayed(G, m.abs(), noise) if self.decays else exp_inf.write_up(G.clamp_min_(m.abs()))
         if self.stochastic:
             return noise.uniform(Stream.UPDATE).to(m.dtype).mul_(G).add_(m).sign_()
         return torch.where(G == 0, 0.0, m / G)
@@ -98,7 +102,8 @@ class StoSignSGD(LowPrecisionOptimizer):
         seed: of the noise, an int >= 0; the same on every replica.
         state_precision: a :class:`StatePrecision` or its name: how ``exp_avg`` (m) and ``exp_inf`` (G) are stored.
             None: in float32, or float64 for a float64 parameter. The step uses the values as stored, and G is rounded
-            up, so that :math:`|m_t| \le G_t` holds for them.
+            up, so that :math:`|m_t| \le G_t` holds for them; what is left of it after a decay is rounded at random, or
+            rounding up would undo the decay.
         maximize: ascend instead of descend.
         param_rounding: how a bfloat16 or float16 parameter is rounded after its update in float32: ``"stochastic"``,
             or ``"nearest"``, which loses steps that are below half the spacing of the parameter's numbers.
@@ -170,7 +175,8 @@ class StoSignSGD(LowPrecisionOptimizer):
             raise ValueError(f"seed={group['seed']} must be in [0, 2**64)")
 
     def _rule(self, group: dict[str, Any]) -> Rule:
-        return StoSignRule(group["stochastic"], group["maximize"])
+        decays = group["betas"][1] < 1 and group["state_precision"] is not None
+        return StoSignRule(group["stochastic"], group["maximize"], decays)
 
     def _rates(self, group: dict[str, Any]) -> tuple[float, float]:
         beta1, beta2 = group["betas"]
@@ -179,15 +185,12 @@ class StoSignSGD(LowPrecisionOptimizer):
 
 def _warn_if_envelope_cannot_decay(group: dict[str, Any]) -> None:
     """Warn where rounding up undoes each step's decay of the stored envelope."""
-    if group["state_precision"] is None:
-        return
-    precision = StatePrecision.parse(group["state_precision"])
-    dtype, beta2 = precision.dtype, group["betas"][1]
-    slowest = 0.75 if precision.is_fp4 else 1 - torch.finfo(dtype).eps / 2  # from 4 to 3, from 2 to 1.5
-    if dtype != torch.float32 and slowest < beta2 < 1:
+    beta2, precision = group["betas"][1], group["state_precision"]
+    if precision is not None and StatePrecision.parse(precision).is_fp4 and _SLOWEST_IN_FOUR_BITS < beta2 < 1:
         warnings.warn(
-            f"betas[1]={beta2} has no effect with states in {dtype}: the envelope is rounded up, and only a decay of "
-            f"{slowest} or less a step reaches its next lower number. Use betas[1]=1.0 or a wider state_precision.",
+            f"betas[1]={beta2} has no effect with four-bit states: the envelope is rounded up, and only a decay of "
+            f"{_SLOWEST_IN_FOUR_BITS} or less a step reaches its next lower number. Use betas[1]=1.0 or a wider "
+            "state_precision.",
             UserWarning,
             stacklevel=3,
         )

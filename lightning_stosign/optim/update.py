@@ -158,22 +158,43 @@ class StoredRows:
         self._store(rounded)
         return self._unscaled(rounded.to(self._compute_dtype), scale)
 
+    def write_decayed(self, value: Tensor, at_least: Tensor, noise: Noise) -> Tensor:
+        """Store values >= 0 rounded at random, or ``at_least`` rounded up where that is more; return them as stored.
+
+        Rounding up would undo a decay that does not reach the next lower number, at every step again.
+        """
+        if self._in_place or self._dtype.itemsize >= 4:
+            return self.write_up(value.clamp_min_(at_least))
+        scale = self._next_scale(torch.maximum(value, at_least))
+        fraction = noise.fraction(Stream.ROUND_ENVELOPE)
+        at_random = round_stochastically(self._divided(value, scale), self._dtype, fraction)
+        rounded = torch.maximum(at_random, round_up(self._divided(at_least, scale), self._dtype))
+        self._store(rounded)
+        return self._unscaled(rounded.to(self._compute_dtype), scale)
+
     def _store(self, rounded: Tensor) -> None:
         self._stored.copy_(encode(rounded, self._dtype) if self._as_bits else rounded)
 
     def _scaled(self, value: Tensor) -> tuple[Tensor, Tensor | None]:
+        scale = self._next_scale(value)
+        return self._divided(value, scale), scale
+
+    def _next_scale(self, value: Tensor) -> Tensor | None:
+        """Return the scale to store values with; a block's is stored itself."""
+        if self._precision.scaling != "block":
+            return self._new_scale
+        assert self._scale is not None
+        amax = value.to(torch.float32).abs().amax(dim=tuple(range(1, value.dim())))
+        scale = power_of_two_scale(amax, torch.finfo(self._dtype).max)
+        self._scale.copy_(scale)
+        return scale
+
+    def _divided(self, value: Tensor, scale: Tensor | None) -> Tensor:
         value = value.to(torch.float32)
-        if self._precision.scaling == "none":
-            static_scale = self._precision.static_scale
-            return (value * static_scale if static_scale != 1 else value), None
-        scale = self._new_scale
-        if self._precision.scaling == "block":
-            assert self._scale is not None
-            amax = value.abs().amax(dim=tuple(range(1, value.dim())))
-            scale = power_of_two_scale(amax, torch.finfo(self._dtype).max)
-            self._scale.copy_(scale)
-        assert scale is not None
-        return value * self._per_value(1 / scale), scale
+        if scale is not None:
+            return value * self._per_value(1 / scale)
+        static_scale = self._precision.static_scale
+        return value * static_scale if static_scale != 1 else value
 
     def _unscaled(self, rounded: Tensor, scale: Tensor | None) -> Tensor:
         if scale is not None:
