@@ -45,7 +45,7 @@ START = 2e-3
 FP8 = "fp8"  # states: E4M3, one scale a tensor, the paper's coarse scaling
 GEMM = "current"  # FP8 matrix products: E4M3 forward, E5M2 gradients
 OTHER_STATES = {
-    OURS: ("fp8-raw:static_scale=1024", "fp8-block", "fp4-block"),
+    OURS: ("fp8-raw:static_scale=1024", "fp8-block", "fp4-block:stochastic_rounding=true"),
     "AdamW": ("fp8-raw:static_scale=1024", "fp8-block", "fp4-block"),
 }
 SMALL_STEPS = 200  # of the image and the fine-tuning task
