@@ -8,7 +8,7 @@ import torch
 from module.mixin_fits import NAMES, Model, fit, trainer
 from torch import nn
 
-from lightning_stosign import SignSGD, StatePrecision, StoSignConfig, StoSignMixin, StoSignSGD
+from lightning_stosign import SignConverted, SignSGD, StatePrecision, StoSignConfig, StoSignMixin, StoSignSGD
 from lightning_stosign.optim.muon import MuonAdamW
 
 
@@ -69,6 +69,8 @@ def test_a_state_precision_becomes_its_name():
         ("adamw", {"lr": 0.02, "betas": (0.9, 0.95)}),
         ("lion", {"lr": 0.02, "betas": (0.9, 0.99), "weight_decouple": True}),
         ("muon", {"lr": 0.02, "betas": (0.9, 0.95)}),
+        ("sign-adamw", {"lr": 0.02, "betas": (0.9, 0.95), "stochastic": False, "seed": 7}),
+        ("sign-adamax", {"lr": 0.02, "betas": (0.9, 0.999), "stochastic": False, "seed": 7}),
         ("alias", {"lr": 1.0, "momentum": 0.9, "beta2": 0.999, "on_nonfinite": "skip"}),
     ],
 )
@@ -77,6 +79,15 @@ def test_options_reach_the_optimizer(name, expected):
     group = config.build_optimizer([{"params": [nn.Parameter(torch.ones(2, 2))]}]).param_groups[0]
     assert {option: group[option] for option in expected} == expected
     assert group["weight_decay"] == 0.3
+
+
+@pytest.mark.parametrize(("name", "denominator"), [("sign-adamw", "exp_avg_sq"), ("sign-adamax", "exp_inf")])
+def test_sign_optimizers_are_what_their_names_say(name, denominator):
+    x = nn.Parameter(torch.ones(2, 2))
+    optimizer = StoSignConfig(name).build_optimizer([{"params": [x]}])
+    x.grad = torch.ones(2, 2)
+    optimizer.step()
+    assert isinstance(optimizer, SignConverted) and denominator in optimizer.state[x]
 
 
 @pytest.mark.parametrize("name", NAMES)
