@@ -1,6 +1,7 @@
-"""FP8 numbers from and to their bits, by float32 and int32 operations alone: exact, for torch.compile to vectorise.
+"""FP8 numbers from and to their bits, faster than torch's own conversions on the CPU and as exact.
 
-Its own conversions take several times as long. Both directions go by a number that has the same bits but a leading one,
+For torch.compile there are :func:`decode` and :func:`encode`, of float32 and int32 operations that it vectorises: they
+go by a number that has the same bits but a leading one,
 which subnormal numbers lack: ``smallest normal + x`` for a subnormal ``2 * x``.
 """
 
@@ -28,6 +29,30 @@ class _Format(NamedTuple):
 _FORMATS = {torch.float8_e4m3fn: _Format(3, 7, 0x7E), torch.float8_e5m2: _Format(2, 15, 0x7B)}
 
 _SIGN = -(1 << 31)
+
+# Values that widen goes over at a time, so that its passes stay in the cache.
+_CHUNK = 1 << 15
+
+
+def widen(stored: Tensor) -> Tensor:
+    """Return ``stored.to(torch.float32, copy=True)``; of FP8 on the CPU eagerly in a third of the time.
+
+    Args:
+        stored: any dtype, any shape.
+    """
+    if stored.dtype not in _FORMATS or stored.device.type != "cpu" or not stored.is_contiguous():
+        return stored.to(torch.float32, copy=True)
+    value = torch.empty_like(stored, dtype=torch.float32)
+    for bits, part in zip(stored.view(torch.int8).view(-1).split(_CHUNK), value.view(-1).split(_CHUNK), strict=True):
+        half = bits.to(torch.int16)
+        if stored.dtype == torch.float8_e5m2:  # float16's upper byte
+            part.copy_((half << 8).view(torch.float16))
+            continue
+        # E4M3 with four of float16's five bits of exponent, whose bias is larger by 8
+        magnitude = (half << 7).bitwise_and_(0x3F80)
+        magnitude.masked_fill_(magnitude == 0x3F80, 0x7E00)  # NaN
+        part.copy_(magnitude.bitwise_or_(half.bitwise_and_(-(1 << 15))).view(torch.float16)).mul_(256.0)
+    return value
 
 
 def decode(bits: Tensor, dtype: torch.dtype) -> Tensor:

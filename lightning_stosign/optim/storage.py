@@ -18,6 +18,7 @@ from lightning_stosign.optim.fp4 import (
     read_fp4,
     store_fp4,
 )
+from lightning_stosign.optim.fp8_bits import widen
 from lightning_stosign.optim.noise import uniform_fraction
 from lightning_stosign.optim.rounding import power_of_two_scale, round_stochastically, round_to_nearest, round_up
 from lightning_stosign.optim.sharding import local
@@ -67,7 +68,7 @@ def round_by_noise(value: Tensor, dtype: torch.dtype, key: int) -> Tensor:
 
 def dequantize(stored: Tensor, scale: Tensor | None, precision: StatePrecision, *, static_scale: float = 1.0) -> Tensor:
     """Return the float32 values of what :func:`quantize` stored: a new tensor of the same shape."""
-    value = stored.to(torch.float32, copy=True)
+    value = widen(stored)
     if scale is not None:
         return _by_block(torch.mul, value, scale, precision)
     return value.div_(static_scale) if static_scale != 1.0 else value

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_stosign.optim.fp8_bits import decode, encode
+from lightning_stosign.optim.fp8_bits import decode, encode, widen
 from lightning_stosign.optim.noise import (
     Stream,
     fraction_from_bits,
@@ -24,7 +24,7 @@ from lightning_stosign.optim.rounding import (
     round_to_nearest,
     round_up,
 )
-from lightning_stosign.optim.state_precision import StatePrecision
+from lightning_stosign.optim.state_precision import FP8_DTYPES, StatePrecision
 
 
 class Constants(NamedTuple):
@@ -130,7 +130,7 @@ class StoredRows:
         """Return the values, to be changed in place and then handed to a write method."""
         if self._in_place:
             return self._stored
-        value = decode(self._stored, self._dtype) if self._as_bits else self._stored.to(self._compute_dtype)
+        value = decode(self._stored, self._dtype) if self._as_bits else self._widened(self._stored)
         if self._precision.scaling == "none":
             static_scale = self._precision.static_scale
             return value.mul_(1 / static_scale) if static_scale != 1 else value
@@ -147,7 +147,7 @@ class StoredRows:
         else:
             rounded = (nearest_in_float32 if self._as_bits else round_to_nearest)(scaled, self._dtype)
         self._store(rounded)
-        return self._unscaled(rounded.to(self._compute_dtype), scale)
+        return self._unscaled(self._widened(rounded), scale)
 
     def write_up(self, value: Tensor) -> Tensor:
         """Store values >= 0 rounded up and return them as stored."""
@@ -171,6 +171,9 @@ class StoredRows:
         rounded = torch.maximum(at_random, round_up(self._divided(at_least, scale), self._dtype))
         self._store(rounded)
         return self._unscaled(rounded.to(self._compute_dtype), scale)
+
+    def _widened(self, value: Tensor) -> Tensor:
+        return (widen(value) if value.dtype in FP8_DTYPES else value).to(self._compute_dtype)
 
     def _store(self, rounded: Tensor) -> None:
         self._stored.copy_(encode(rounded, self._dtype) if self._as_bits else rounded)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lightning_stosign.optim.fp8_bits import decode, encode
+from lightning_stosign.optim.fp8_bits import decode, encode, widen
 from lightning_stosign.optim.rounding import nearest_in_float32, round_stochastically, round_to_nearest, round_up
 
 FP8 = [torch.float8_e4m3fn, torch.float8_e5m2]
@@ -36,6 +36,22 @@ def test_every_fp8_number_is_decoded_and_encoded_exactly(dtype):
     assert torch.equal(value.signbit(), expected.signbit())
     stored = ~expected.isinf()  # what saturates is never inf
     assert torch.equal(encode(value[stored], dtype), expected[stored].to(dtype).view(torch.int8))
+
+
+@pytest.mark.parametrize("dtype", [*SHORT, torch.float32])
+@pytest.mark.parametrize("shape", [(0,), (), (256,), (3, 1 << 15), (5, 7, 1001)])
+def test_widening_is_the_cast_into_a_new_tensor(dtype, shape):
+    numel = torch.Size(shape).numel()
+    stored = (torch.arange(numel * dtype.itemsize) * 37 % 256).to(torch.uint8).view(dtype).view(shape)
+    if dtype in FP8 and numel > 1:
+        assert stored.view(torch.uint8).unique().numel() == min(numel, 256)  # NaN and inf, too
+    wide = widen(stored)
+    assert_same(wide, stored.to(torch.float32))
+    assert wide.dtype == torch.float32 and (numel == 0 or wide.data_ptr() != stored.data_ptr())
+    assert_same(
+        widen(stored.transpose(0, -1) if shape else stored),
+        stored.transpose(0, -1).to(torch.float32) if shape else wide,
+    )
 
 
 @pytest.mark.parametrize("dtype", [*FP8, torch.float16])
