@@ -129,6 +129,8 @@ def draw_curves(tables: Tables) -> plt.Figure:
     for axis, states in zip(axes, ("float32", FP8), strict=True):
         for method in SHOWN:
             steps, values = curve(tables, method, states, "val_loss")
+            # The last value is that of more of the validation text than the others.
+            steps, values = steps[:-1], values[:-1]
             if steps:
                 axis.plot([step * TOKENS_A_STEP / 1e3 for step in steps], values, marker=".", label=method)
         axis.set(
