@@ -178,9 +178,11 @@ class Study:
             settings = {"task": task, "steps": SMALL_STEPS}
             rates = self.tune(COMPARED, None, **settings)
             yield self.results(task, self.pairs(rates, gemm="float32", **settings))
-        yield self.longer(best)
+        longer = self.tune(COMPARED_LONGER, best, steps=LONGER * self.scale.steps)
+        yield self.results("longer runs", self.longer({method: longer[method] for method in ("AdamW", OURS)}))
         rates = {method: best[method] for method in (*COMPARED, "IE-StoSignSGD")} | self.tune(ABLATIONS)
         yield self.results("parts of StoSignSGD", self.fp8(rates, gemm="float32"))
+        yield self.results("longer runs of the others", self.longer(longer))
         yield self.results("every method", self.fp8(best))
         formats = [(method, states) for method, others in OTHER_STATES.items() for states in others]
         runs = [run for method, states in formats for run in self.fp8({method: best[method]}, states=states)]
@@ -210,14 +212,13 @@ class Study:
         runs = [run for lr in rates for run in self.pairs({method: lr})]
         return sorted(runs, key=lambda run: run.states == "float32")  # what FP8 states do comes first
 
-    def longer(self, best: dict[str, float]) -> str:
-        """Train what is compared for three times the steps, and ours for a little less; float32 throughout."""
+    def longer(self, rates: dict[str, float]) -> list[Run]:
+        """Return runs of three times the steps, and ours of a little less; float32 throughout."""
         steps = LONGER * self.scale.steps
-        rates = self.tune(COMPARED_LONGER, best, steps=steps)
         runs = self.fp8(rates, gemm="float32", steps=steps)
         for share in SHARES:
             runs += self.fp8({OURS: rates[OURS]}, gemm="float32", steps=round(share * steps))
-        return self.results("longer runs", runs)
+        return runs
 
     def larger(self, best: dict[str, float]) -> list[Run]:
         """Return runs of a model with ten times the parameters; one seed, its rates not tuned."""

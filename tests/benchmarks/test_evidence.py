@@ -12,7 +12,7 @@ from evidence import study as study_module
 from evidence.report import write
 from evidence.runs import FINETUNE, IMAGES, Result, Run, train
 from evidence.store import Store
-from evidence.study import FP8, GEMM, METHODS, OURS, Scale, Study, bracket
+from evidence.study import FP8, METHODS, OURS, Scale, Study, bracket
 from evidence.tables import Losses, Tables, difference, markdown, ratio_cells, steps_to
 from hypothesis import given
 from hypothesis import strategies as st
@@ -217,4 +217,6 @@ def test_committed_results_hold_what_is_claimed():
         full, low = tables.fp8("AdamW", lr), tables.fp8("AdamW", lr, states=FP8)
         assert len(full.values) == len(low.values) == 3
         assert low.mean > full.mean + 0.1 and min(low.values) > max(full.values)
-    assert GEMM == "current"
+    ours, ours_in_fp8 = tables.fp8(OURS), tables.fp8(OURS, states=FP8)
+    assert len(ours.values) == len(ours_in_fp8.values) == 3
+    assert abs(ours_in_fp8.mean - ours.mean) < 0.02
