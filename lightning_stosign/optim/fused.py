@@ -26,13 +26,13 @@ _LANES = 16  # float32 values in a vector of AVX-512
 WORTH_COMPILING = 10_000_000
 
 # Inductor would go on with the unrounded value where a rounded one is converted back to float32, and would cut a chain
-# of many operations or of a value's several uses in two, with a buffer as large as the parameter between them.
-_OPTIONS: dict[str, Any] = {
-    "emulate_precision_casts": True,
-    "realize_opcount_threshold": 1000,
-    "realize_reads_threshold": 1000,
-    "realize_acc_reads_threshold": 1000,
-}
+# of many operations in two, with a buffer as large as the parameter between them.
+_OPTIONS: dict[str, Any] = {"emulate_precision_casts": True, "realize_opcount_threshold": 1000}
+
+# Interleaved rows are to be visited in the order of their dimensions, not of their memory; and inductor would cut where
+# a value is used several times, too. Uncut, it traces a value once a use: no matter without scales, minutes with them.
+_INTERLEAVED: dict[str, Any] = {"pick_loop_orders": False}
+_UNCUT: dict[str, Any] = {"realize_reads_threshold": 1000, "realize_acc_reads_threshold": 1000}
 
 
 @lru_cache(maxsize=1)
@@ -179,8 +179,9 @@ def _compiled(
     """Return the function, compiled on its first call, for one kind of update."""
     # With a code object of its own: torch.compile limits the number of compilations of one, and each kind needs one.
     own = FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
-    # Interleaved rows are to be visited in the order of their dimensions, not of their memory.
-    options = {**_OPTIONS, "pick_loop_orders": not interleaved}
+    options = _OPTIONS
+    if interleaved:
+        options = options | _INTERLEAVED | (_UNCUT if spec.precision.scaling == "none" else {})
     return torch.compile(own, dynamic=True, fullgraph=True, options=options)
 
 
