@@ -49,7 +49,7 @@ OTHER_STATES = {
     "AdamW": ("fp8-raw:static_scale=1024", "fp8-block", "fp4-block"),
 }
 SMALL_STEPS = 200  # of the image and the fine-tuning task
-LONGER, SHARES = 3, (2 / 3,)  # times the steps of the others; shares of that for ours alone
+LONGER, BETWEEN = 3, 2  # times the steps of the others; the latter for ours alone
 COMPARED_LONGER = (*COMPARED, "StoSignSGDv2")
 LARGER, LARGER_SHARE = "gpt-10m", 1 / 4  # of the steps, at half the learning rates
 
@@ -213,12 +213,15 @@ class Study:
         return sorted(runs, key=lambda run: run.states == "float32")  # what FP8 states do comes first
 
     def longer(self, rates: dict[str, float]) -> list[Run]:
-        """Return runs of three times the steps, and ours of a little less; float32 throughout."""
-        steps = LONGER * self.scale.steps
-        runs = self.fp8(rates, gemm="float32", steps=steps)
-        for share in SHARES:
-            runs += self.fp8({OURS: rates[OURS]}, gemm="float32", steps=round(share * steps))
-        return runs
+        """Return runs of three times the steps, and ours of twice; float32 throughout.
+
+        Args:
+            rates: the learning rate of each method for three times the steps.
+        """
+        runs = self.fp8(rates, gemm="float32", steps=LONGER * self.scale.steps)
+        steps = BETWEEN * self.scale.steps
+        ours = self.tune((OURS,), {OURS: rates[OURS] / 2}, steps=steps)
+        return runs + self.fp8(ours, gemm="float32", steps=steps)
 
     def larger(self, best: dict[str, float]) -> list[Run]:
         """Return runs of a model with ten times the parameters; one seed, its rates not tuned."""
