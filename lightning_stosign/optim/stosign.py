@@ -88,8 +88,8 @@ class StoSignSGD(LowPrecisionOptimizer):
     The noise is a pure function of (seed, step, parameter index, element index): data-parallel replicas stay
     identical and a resumed run equals the uninterrupted one, without any generator's state. :math:`m_0 = G_0 = 0`; the
     paper annotates its practical SignSGD with :math:`m_1 = g_1`, which makes the first envelope ten times as large and
-    makes little difference: for a byte-level GPT of 0.8 M parameters, three seeds, validation loss 2.383 (standard
-    error 0.008) against 2.360 (0.007) from 0 with FP8 states after 200 steps at lr 2e-3, and 2.234 (0.009) against 2.257
+    little difference: for a byte-level GPT of 0.8 M parameters, three seeds, validation loss 2.383 (standard error
+    0.008) against 2.360 (0.007) from 0 with FP8 states after 200 steps at lr 2e-3, and 2.234 (0.009) against 2.257
     (0.005) with float32 states after 400 steps, each at its best rate (benchmarks/results).
 
     Args:
