@@ -5,7 +5,7 @@ import statistics
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
-from evidence.runs import FINETUNE, IMAGES, STDLIB
+from evidence.runs import FINETUNE, IMAGES, STDLIB, Run
 from evidence.store import Store
 from evidence.study import (
     ABLATIONS,
@@ -68,16 +68,20 @@ class Tables:
     def __init__(self, store: Store, scale: Scale) -> None:
         self.store, self.scale = store, scale
 
+    def _found(self, method: str, **settings: Any) -> dict[Run, float]:
+        """Return the losses of a method's runs; float32 throughout, the scale's steps and task unless set."""
+        usual: dict[str, Any] = {"states": "float32", "gemm": "float32", "corpus": STDLIB}
+        usual.update(steps=self.scale.steps, task=self.scale.task)
+        return self.store.losses(method=method, **{**usual, **settings})
+
     def losses(self, method: str, lr: float, **settings: Any) -> Losses:
-        """Return the losses of a setting's seeds; float32 throughout, the scale's steps and task unless set."""
-        wanted = {"states": "float32", "gemm": "float32", "corpus": STDLIB, "steps": self.scale.steps}
-        found = self.store.losses(method=method, lr=lr, **{**wanted, "task": self.scale.task, **settings})
+        """Return the losses of a setting's seeds; what is usual is as in the search for learning rates."""
+        found = self._found(method, lr=lr, **settings)
         return Losses(tuple(loss for _, loss in sorted(found.items(), key=lambda item: item[0].seed)))
 
     def grid(self, method: str, **settings: Any) -> dict[float, float]:
         """Return the losses of the search for a learning rate."""
-        wanted = {"states": "float32", "gemm": "float32", "corpus": STDLIB, "steps": self.scale.steps, "seed": 0}
-        found = self.store.losses(method=method, **{**wanted, "task": self.scale.task, **settings})
+        found = self._found(method, **{"seed": 0, **settings})
         return {run.lr: loss for run, loss in sorted(found.items(), key=lambda item: item[0].lr)}
 
     def best_lr(self, method: str, **settings: Any) -> float:

@@ -35,7 +35,7 @@ class StatePrecision:
             consecutive values in row-major order. Scaling needs a dtype of limited range (float16, FP8 or FP4).
         block_size: values that share a scale under ``scaling="block"``; an even number in four bits.
         stochastic_rounding: round the momentum up or down at random, without bias, instead of to the nearest value.
-            The envelope ``exp_inf`` is always rounded up.
+            The envelope ``exp_inf`` is rounded up in any case; what a decay has left of it, at random.
         static_scale: with ``scaling="none"`` and a dtype of limited range, a fixed factor ``s``, a power of two: states
             linear in the gradient are stored times ``s``, second moments times ``s * s``: what a loss scale would do.
         min_numel: states of parameters with fewer values (norms, biases) stay in float32, as torchao's and
