@@ -1,6 +1,7 @@
 """SignStepSizeFinder: the learning rate of a sign-based optimizer from a handful of short trial runs."""
 
 import logging
+import math
 import os
 import uuid
 from collections.abc import Callable, Iterator
@@ -21,7 +22,14 @@ from torch.optim import Optimizer
 
 from lightning_stosign.callbacks._trial_run import TrialRun
 from lightning_stosign.optim.alias import ALIAS
-from lightning_stosign.optim.step_size_search import Trial, asked_step_size, crossing, search_step_size
+from lightning_stosign.optim.step_size_search import (
+    Trial,
+    asked_step_size,
+    crossing,
+    descend,
+    lowest,
+    search_step_size,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -31,19 +39,24 @@ if TYPE_CHECKING:
 class StepSizeSearch:
     """What a search found.
 
-    Attributes:
-        trials: a (step size, phi) pair for each trial run, in the order they were run.
+    Args:
+        trials: step size, phi and fall of the loss of each trial run, in the order they were run.
+        refined: whether trials around the best one are among them.
     """
 
-    def __init__(self, trials: list[Trial]) -> None:
-        self.trials = trials
+    def __init__(self, trials: list[Trial], refined: bool) -> None:
+        self.trials, self.refined = trials, refined
 
-    def suggestion(self) -> float:
-        """Return the step size that asks for itself: the learning rate."""
+    def crossing(self) -> float:
+        """Return the step size that asks for itself: what SOS finds."""
         return crossing(self.trials)
 
+    def suggestion(self) -> float:
+        """Return the learning rate: with which the loss falls furthest; without refinement the crossing."""
+        return lowest(self.trials) if self.refined else self.crossing()
+
     def plot(self, suggest: bool = False, show: bool = False, ax: "Axes | None" = None) -> "Figure | SubFigure | None":
-        """Plot phi against the step size.
+        """Plot phi, and on a second axis how far the loss fell, against the step size.
 
         Args:
             suggest: mark the suggested step size with a red point.
@@ -60,6 +73,7 @@ class StepSizeSearch:
         if ax is None:
             _, ax = plt.subplots()
         trials = sorted(trial for trial in self.trials if trial.phi > 0)
+        falls = sorted(trial for trial in self.trials if math.isfinite(trial.fall))
         step_sizes = [trial.step_size for trial in trials]
         ax.loglog(step_sizes, [trial.phi for trial in trials], marker=".", label="asked for by the trial run")
         ax.loglog(step_sizes, step_sizes, color="gray", linestyle=":", label="tried")
@@ -67,7 +81,12 @@ class StepSizeSearch:
             ax.plot(self.suggestion(), self.suggestion(), markersize=10, marker="o", color="red")
         ax.set_xlabel("Learning rate")
         ax.set_ylabel("Learning rate asked for")
-        ax.legend()
+        other = ax.twinx()
+        other.plot(
+            [trial.step_size for trial in falls], [trial.fall for trial in falls], color="C1", marker=".", label="fall"
+        )
+        other.set_ylabel("Fall of the loss")
+        ax.legend(handles=[*ax.get_lines()[:2], *other.get_lines()])
         if show:
             plt.show()
         return ax.figure
@@ -95,7 +114,9 @@ class SignStepSizeFinder(Callback):
 
     It is the step size of a bound, and a bound can be far from the truth. On the examples' GPT (200 steps) it is a
     third of the best rate tried with momentum, but a twentieth of it without: there the steps swing to and fro across
-    the steepest directions, and each swing counts as if its loss were never won back.
+    the steepest directions, and each swing counts as if its loss were never won back. So from the crossing on, the
+    search goes on by factors of 2 to where the loss of the trials themselves is lowest at their end, 2 to 6 trials
+    more (``refine=False`` leaves that out).
 
     On mini-batches, the decrease of the loss is the difference on the *same* mini-batch between the parameters at the
     start and those of the trial's step, averaged over a tenth of the trial; both gradients of a difference come from
@@ -106,9 +127,10 @@ class SignStepSizeFinder(Callback):
         start: the first learning rate that is tried, > 0; has little influence on the result.
         measure_every: the curvature is measured in the first ``measure_every`` steps and then in every so many, >= 1.
         update_lr: False only reports.
+        refine: whether to go on from the crossing, where the bound is best, to where the trials are.
 
     Attributes:
-        search: the :class:`StepSizeSearch`: trials, ``suggestion()`` and ``plot()``; None before.
+        search: the :class:`StepSizeSearch`: trials, ``suggestion()``, ``crossing()`` and ``plot()``; None before.
 
     Raises:
         ValueError: an argument is out of range; the module has several optimizers, manual optimization, or an optimizer
@@ -124,7 +146,14 @@ class SignStepSizeFinder(Callback):
         arXiv 2506.03725, Algorithm 1 (SOS Sign-SGD).
     """
 
-    def __init__(self, steps: int = 100, start: float = 1e-4, measure_every: int = 10, update_lr: bool = True) -> None:
+    def __init__(
+        self,
+        steps: int = 100,
+        start: float = 1e-4,
+        measure_every: int = 10,
+        update_lr: bool = True,
+        refine: bool = True,
+    ) -> None:
         for name, value, least in (("steps", steps, 10), ("measure_every", measure_every, 1)):
             if isinstance(value, bool) or not isinstance(value, int):
                 raise TypeError(f"{name}={value!r} must be an int")
@@ -134,7 +163,8 @@ class SignStepSizeFinder(Callback):
             raise TypeError(f"start={start!r} must be a number")
         if not 0 < start < float("inf"):
             raise ValueError(f"start={start} must be finite and greater than 0")
-        self.steps, self.start, self.measure_every, self.update_lr = steps, start, measure_every, update_lr
+        self.steps, self.start, self.measure_every = steps, start, measure_every
+        self.update_lr, self.refine = update_lr, refine
         self.search: StepSizeSearch | None = None
         self._only_search = False
 
@@ -168,11 +198,17 @@ class SignStepSizeFinder(Callback):
 
             at_start = run(0.0).losses
 
-            def phi(step_size: float) -> float:
-                trial = run(step_size)
-                return asked_step_size(_decrease(at_start, trial), trial.curvatures)
+            def trial(step_size: float) -> Trial:
+                ended = run(step_size)
+                if ended.diverged:
+                    return Trial(step_size, 0.0, -math.inf)
+                falls = _falls(at_start, ended.losses)
+                return Trial(step_size, asked_step_size(max(falls), ended.curvatures), falls[-1])
 
-            self.search = StepSizeSearch(search_step_size(phi, self.start))
+            trials = search_step_size(trial, self.start)
+            if self.refine:
+                trials += descend(trial, trials)
+            self.search = StepSizeSearch(trials, self.refine)
         suggestion = self.search.suggestion()
         count = len(self.search.trials)
         rank_zero_info(f"SignStepSizeFinder: learning rate {suggestion:.3g}, from {count} trials of {self.steps} steps")
@@ -219,12 +255,11 @@ def find_step_size(
     return finder.search
 
 
-def _decrease(at_start: list[float], trial: TrialRun) -> float:
-    """Return f(x_0) - min_t f(x_t), each f(x_t) a mean over a tenth of the trial; 0 if the trial diverged."""
-    if trial.diverged:
-        return 0.0
-    falls = torch.tensor(at_start, dtype=torch.float64) - torch.tensor(trial.losses, dtype=torch.float64)
-    return falls.unfold(0, max(1, len(falls) // 10), 1).mean(1).max().item()
+def _falls(at_start: list[float], losses: list[float]) -> list[float]:
+    """Return f(x_0) - f(x_t) along a trial, each a mean over a tenth of it."""
+    falls = torch.tensor(at_start, dtype=torch.float64) - torch.tensor(losses, dtype=torch.float64)
+    windows: list[float] = falls.unfold(0, max(1, len(falls) // 10), 1).mean(1).tolist()
+    return windows
 
 
 @contextmanager

@@ -79,18 +79,20 @@ def scheduled(params, scheduler=lambda optimizer: torch.optim.lr_scheduler.StepL
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler(optimizer), "interval": "step"}}
 
 
-def test_step_size_is_within_a_factor_of_three_of_the_best_constant_one(tmp_path):
+@pytest.mark.parametrize("refine", [True, False])
+def test_step_size_is_within_a_factor_of_three_of_the_best_constant_one(tmp_path, refine):
     torch.manual_seed(0)
-    found = find_step_size(trainer(tmp_path), Regression(), steps=150).suggestion()
+    found = find_step_size(trainer(tmp_path), Regression(), steps=150, refine=refine).suggestion()
     grid = np.logspace(-3.5, -0.5, 25)
     losses = np.mean([PROBLEM.signsgd_grid(grid, PROBLEM.batches(150, 32, seed)) for seed in range(5)], axis=0)
     best = grid[losses.argmin()]
     assert best / 3 < found < 3 * best
 
 
-def test_start_has_little_influence(tmp_path):
-    found = [search(tmp_path, Regression(), start=start).suggestion() for start in (1e-6, 1e-2, 10.0)]
-    assert max(found) < 1.2 * min(found)
+@pytest.mark.parametrize(("refine", "factor"), [(False, 1.2), (True, 2.0)])
+def test_start_has_little_influence(tmp_path, refine, factor):
+    found = [search(tmp_path, Regression(), start=start, refine=refine).suggestion() for start in (1e-6, 1e-2, 10.0)]
+    assert max(found) < factor * min(found)
 
 
 def test_only_the_learning_rate_is_changed(tmp_path):
@@ -216,10 +218,11 @@ def test_finds_rates_for_other_optimizers(tmp_path, name):
 
 def test_plot_shows_the_trials_and_marks_the_suggestion(tmp_path):
     found = search(tmp_path, Regression())
-    (axes,) = found.plot(suggest=True).axes
+    axes, falls = found.plot(suggest=True).axes
     assert (axes.get_xscale(), axes.get_yscale()) == ("log", "log")
     asked, _, mark = axes.lines
     assert len(asked.get_xdata()) == sum(trial.phi > 0 for trial in found.trials) > 2
+    assert max(falls.lines[0].get_ydata()) == max(trial.fall for trial in found.trials)
     assert mark.get_xdata()[0] == mark.get_ydata()[0] == found.suggestion()
     _, ax = matplotlib.pyplot.subplots()
     assert found.plot(ax=ax) is ax.figure
