@@ -12,7 +12,7 @@ import torchao
 
 from evidence.runs import STDLIB, TOKENS_A_STEP, Run
 from evidence.store import Store
-from evidence.study import FP8, GEMM, LONGER, METHODS, OURS, SMALL_STEPS, Scale
+from evidence.study import FP8, GEMM, LONGER, LONGEST, METHODS, OURS, SMALL_STEPS, Scale
 from evidence.tables import Tables
 
 matplotlib.use("Agg")
@@ -70,13 +70,15 @@ def write(store: Store, scale: Scale, command: str) -> Path:
         tables.methods(),
         "![Validation loss by tokens](curves.png)",
         "## How many tokens StoSignSGD saves",
-        f"Float32 throughout, {scale.steps} and {LONGER * scale.steps} steps, learning rates tuned for each. The steps"
-        f" at which {OURS} would end with a baseline's final loss are interpolated, by their logarithm, between runs of"
-        " different lengths, each with its own schedule. The ratio is that of the tokens that the baseline needs to"
-        " those that StoSignSGD needs; below 1 the baseline is ahead. The paper reports 1.44 to 2.14, at 13 billion"
-        " tokens.",
+        f"Float32 throughout, {scale.steps}, {LONGER * scale.steps} and {LONGEST * scale.steps} steps, learning rates"
+        f" tuned for each. The steps at which {OURS} would end with a baseline's final loss are interpolated, by their"
+        " logarithm, between runs of different lengths, each with its own schedule. The ratio is that of the tokens that"
+        " the baseline needs to those that StoSignSGD needs; below 1 the baseline is ahead. The paper reports 1.44 to"
+        " 2.14, at 13 billion tokens.",
         tables.ratios(),
         tables.longer(),
+        f"What might raise the ratio: {LONGER * scale.steps} steps, float32 throughout, learning rates tuned, seed 0.",
+        tables.attempts(),
         "## Other formats of the states",
         tables.formats(),
         "## Why AdamW fails (the paper's Table 12)",

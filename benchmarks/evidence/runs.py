@@ -46,6 +46,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "StoSignSGD, beta2 = 0.999": {"optimizer": "stosign", "betas": (0.9, 0.999)},
     "StoSignSGD, beta2 = 0.95": {"optimizer": "stosign", "betas": (0.9, 0.95)},
     "StoSignSGD, m_1 = g_1": {"optimizer": "stosign"},
+    "StoSignSGD, cosine to 0": {"optimizer": "stosign", "min_lr_ratio": 0.0},
 }
 
 STDLIB = "stdlib"

@@ -50,7 +50,15 @@ OTHER_STATES = {
 }
 SMALL_STEPS = 200  # of the image and the fine-tuning task
 LONGER, BETWEEN = 3, 2  # times the steps of the others; the latter for ours alone
+LONGEST = 6  # one seed, for how the ratio of tokens goes on
 COMPARED_LONGER = (*COMPARED, "StoSignSGDv2")
+# What might raise the ratio, at LONGER times the steps.
+ATTEMPTS = (
+    "StoSignSGD, m_1 = g_1",
+    "StoSignSGD, beta1 = 0.95",
+    "StoSignSGD, beta2 = 0.999",
+    "StoSignSGD, cosine to 0",
+)
 LARGER, LARGER_SHARE = "gpt-10m", 1 / 4  # of the steps, at half the learning rates
 
 
@@ -192,6 +200,10 @@ class Study:
         yield self.results("FP8 states of every method", self.pairs(best))
         if self.scale.task != LARGER:
             yield self.results("a larger model", self.larger(best))
+        self.tune(("AdamW", OURS), longer, steps=LONGEST * self.scale.steps)
+        yield "the longest runs"
+        self.tune(ATTEMPTS, dict.fromkeys(ATTEMPTS, longer[OURS]), steps=LONGER * self.scale.steps)
+        yield "attempts"
 
     def fp8(self, rates: dict[str, float], **settings: object) -> list[Run]:
         """Return runs with FP8 matrix products, of each method at its learning rate, with each seed."""

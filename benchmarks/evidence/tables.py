@@ -9,6 +9,7 @@ from evidence.runs import FINETUNE, IMAGES, STDLIB, Run
 from evidence.store import Store
 from evidence.study import (
     ABLATIONS,
+    ATTEMPTS,
     COMPARED,
     COMPARED_LONGER,
     FP8,
@@ -16,6 +17,7 @@ from evidence.study import (
     LARGER,
     LARGER_SHARE,
     LONGER,
+    LONGEST,
     METHODS,
     OTHER_STATES,
     OURS,
@@ -211,6 +213,16 @@ class Tables:
                 rows.append((LARGER, method, settings["steps"], f"{lr:g}", full, low, difference(low, full)))
         return markdown(("model", "method", "steps", "peak lr", "float32 states", "FP8 states", "difference"), rows)
 
+    def attempts(self) -> str:
+        """Return what might have raised the ratio of tokens, one seed, each at its best learning rate."""
+        steps, rows = LONGER * self.scale.steps, []
+        for method in ("AdamW", OURS, *ATTEMPTS):
+            grid = self.grid(method, steps=steps)
+            if grid:
+                best = min(grid, key=lambda lr: grid[lr])
+                rows.append((method, f"{best:g}", f"{grid[best]:.3f}"))
+        return markdown(("method", "peak lr", "validation loss"), rows)
+
     def lengths(self) -> list[int]:
         """Return the numbers of steps for which StoSignSGD has been trained with float32 throughout."""
         runs = self.store.losses(method=OURS, gemm="float32", states="float32", task=self.scale.task, corpus=STDLIB)
@@ -218,10 +230,11 @@ class Tables:
 
     def ratios(self) -> str:
         """Return how many more tokens a baseline needs for its final loss than StoSignSGD for the same loss."""
-        ours = {steps: self.losses(OURS, self.best_lr(OURS, steps=steps), steps=steps) for steps in self.lengths()}
-        seeds = min((len(losses.values) for losses in ours.values()), default=0)
+        every = {steps: self.losses(OURS, self.best_lr(OURS, steps=steps), steps=steps) for steps in self.lengths()}
         rows = []
-        for steps in (self.scale.steps, LONGER * self.scale.steps):
+        for steps in (self.scale.steps, LONGER * self.scale.steps, LONGEST * self.scale.steps):
+            seeds = len(every[steps].values) if steps in every else 0
+            ours = {n: losses for n, losses in every.items() if len(losses.values) >= seeds}
             for method in COMPARED_LONGER:
                 target = self.losses(method, self.best_lr(method, steps=steps), steps=steps)
                 if method == OURS or not target.values or not seeds:
