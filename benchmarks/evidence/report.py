@@ -72,8 +72,8 @@ def write(store: Store, scale: Scale, command: str) -> Path:
         "## How many tokens StoSignSGD saves",
         f"Float32 throughout, {scale.steps}, {LONGER * scale.steps} and {LONGEST * scale.steps} steps, learning rates"
         f" tuned for each. The steps at which {OURS} would end with a baseline's final loss are interpolated, by their"
-        " logarithm, between runs of different lengths, each with its own schedule. The ratio is that of the tokens that"
-        " the baseline needs to those that StoSignSGD needs; below 1 the baseline is ahead. The paper reports 1.44 to"
+        " logarithm, between runs of different lengths, each with its own schedule. The ratio is that of the tokens"
+        " that the baseline needs to those that StoSignSGD needs; below 1 the baseline is ahead. The paper reports 1.44 to"
         " 2.14, at 13 billion tokens.",
         tables.ratios(),
         tables.longer(),
