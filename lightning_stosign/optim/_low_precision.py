@@ -81,12 +81,13 @@ class LowPrecisionOptimizer(StrictOptimizer):
             return loss
         numel = sum(param.numel() for _, param, _ in updates)
         constants: dict[Any, Constants] = {}
+        specs: dict[Any, UpdateSpec] = {}
         jobs = []
         for index, param, group in updates:
             of_group = id(group), param.device
             if of_group not in constants:
                 constants[of_group] = self._constants(group, param.device, finite)
-            jobs.append(self._job(index, param, group, constants[of_group], numel))
+            jobs.append(self._job(index, param, group, constants[of_group], specs, numel))
         engine.run(jobs)
         return loss
 
@@ -118,22 +119,35 @@ class LowPrecisionOptimizer(StrictOptimizer):
         )
         return Constants(lr, decay, weight, beta2, finite)
 
-    def _job(self, index: int, param: Tensor, group: dict[str, Any], constants: Constants, numel: int) -> engine.Job:
-        state, rule = self.state[param], self._rule(group)
+    def _job(
+        self,
+        index: int,
+        param: Tensor,
+        group: dict[str, Any],
+        constants: Constants,
+        specs: dict[Any, UpdateSpec],
+        numel: int,
+    ) -> engine.Job:
+        state = self.state[param]
         precision = precision_of(state, group)
         if precision is not None and not precision.applies_to(param):
             precision = None
+        kind = id(group), precision, param.dtype
+        if kind not in specs:
+            narrow = param.dtype.itemsize < 4
+            specs[kind] = UpdateSpec(
+                self._rule(group), precision or FLOAT32, narrow and group["param_rounding"] == "stochastic"
+            )
+        spec = specs[kind]
         if "step" not in state:
             # int64: exact beyond float32's 2**24 steps. On the CPU, where reading it costs no synchronisation.
             state["step"] = torch.zeros((), dtype=torch.int64)
-        for name in rule.states:  # one by one: a momentum can be switched on in the middle of a run
+        for name in spec.rule.states:  # one by one: a momentum can be switched on in the middle of a run
             if name not in state:
                 init_state(state, name, param, precision)
         state["step"] += 1
-        narrow = param.dtype.itemsize < 4
-        spec = UpdateSpec(rule, precision or FLOAT32, narrow and group["param_rounding"] == "stochastic")
         seed, step = group.get("seed", 0), int(state["step"])
-        keys = {stream: noise_key(seed, step, index, stream) for stream in spec.streams()}
+        keys = {stream: noise_key(seed, step, index, stream) for stream in spec.streams}
         compiled = self._compiles(param, group, numel)
         return engine.Job(param, local(param), local_grad(param), state, spec, keys, constants, compiled)
 

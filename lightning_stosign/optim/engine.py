@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_stosign.optim.fp4_rows import Fp4Rows
-from lightning_stosign.optim.fused import ROW, compiled_largest, compiled_update
+from lightning_stosign.optim.fused import ROW, Rows, as_tensor, compiled_largest, compiled_update
 from lightning_stosign.optim.noise import Stream, hash_words, weyl_sequence
 from lightning_stosign.optim.sharding import Shard, local, max_over_shards, shard_of
 from lightning_stosign.optim.storage import SCALE_SUFFIX, TENSOR_SCALE_SUFFIX
@@ -37,7 +37,6 @@ class Job:
         keys: this step's noise keys.
         constants: the numbers of the step.
         compiled: whether to take the compiled path where it fits.
-        largest: :meth:`Rule.largest` of the whole parameter, where its states have a scale each.
     """
 
     whole: Tensor
@@ -48,17 +47,19 @@ class Job:
     keys: dict[Stream, int]
     constants: Constants
     compiled: bool
-    largest: Tensor | None = None
 
-    @property
-    def stored(self) -> list[Tensor]:
+    def __post_init__(self) -> None:
+        names = self.spec.rule.states
+        self.stored: list[Tensor] = [local(self.state[name]) for name in names]
         """This process's parts of the state tensors."""
-        return [local(self.state[name]) for name in self.spec.rule.states]
-
-    @property
-    def scales(self) -> list[Tensor | None]:
+        self.scales: list[Tensor | None] = [self.state.get(name + SCALE_SUFFIX) for name in names]
         """The scales of the state tensors."""
-        return [self.state.get(name + SCALE_SUFFIX) for name in self.spec.rule.states]
+        self.shard: Shard | None = shard_of(self.whole)
+        """Which part of the parameter this process has, if not all of it."""
+        self.start: int | None = 0
+        """The row-major index in the parameter of its first value here; None if they do not follow each other."""
+        if self.shard is not None and self.shard.starts.numel() > 0:
+            self.start = int(self.shard.starts) if self.shard.starts.numel() == 1 else None
 
     @property
     def tensor_scales(self) -> list[Tensor]:
@@ -67,28 +68,15 @@ class Job:
         return [self.state[name + suffix] for name in self.spec.rule.states]
 
     @property
-    def shard(self) -> Shard | None:
-        """Which part of the parameter this process has, if not all of it."""
-        return shard_of(self.whole)
-
-    @property
-    def start(self) -> int | None:
-        """The row-major index in the parameter of its first value here; None if they do not follow each other."""
-        shard = self.shard
-        if shard is None or shard.starts.numel() == 0:
-            return 0
-        return int(shard.starts) if shard.starts.numel() == 1 else None
-
-    @property
     def batch_key(self) -> tuple[Any, ...] | None:
         """What parameters must have in common to be updated together; None for one that is updated alone."""
-        tensors = (self.param, self.grad, *self.stored)
         if not 0 < self.param.numel() <= _SMALL or self.param.dtype == torch.float64:
             return None
         if self.start is None or self.start % _SEGMENT + self.param.numel() > _SEGMENT:
             return None
         if any(scale is not None for scale in self.scales):
             return None
+        tensors = (self.param, self.grad, *self.stored)
         return self.spec, id(self.constants), self.compiled, self.param.device, *(t.dtype for t in tensors)
 
 
@@ -97,43 +85,59 @@ def run(jobs: Sequence[Job]) -> None:
 
     Communicates where a sharded parameter's states have one scale: the largest value is that of all shards.
     """
+    numbers: dict[int, Tensor] = {}
+    for job in jobs:
+        if job.compiled and id(job.constants) not in numbers:
+            numbers[id(job.constants)] = as_tensor(job.constants, job.param.device)
     scaled = [job for job in jobs if job.spec.precision.has_tensor_scale and job.spec.rule.states]
-    for job in scaled:
-        job.largest = _largest(job)
-    max_over_shards((job.whole, job.largest) for job in scaled if job.largest is not None)
+    next_scales = _next_scales(scaled, numbers)
     batches: dict[Any, list[Job]] = {}
     for job in jobs:
         batches.setdefault(job.batch_key or id(job), []).append(job)
     for batch in batches.values():
+        of_batch = numbers.get(id(batch[0].constants))
         if len(batch) == 1:
-            _run_alone(batch[0])
+            _run_alone(batch[0], of_batch, next_scales.get(id(batch[0])))
         else:
-            _run_together(batch)
-
-
-def _run_alone(job: Job) -> None:
-    new_scales = None
-    if job.largest is not None:
-        new_scales = job.spec.rule.cover(job.largest, job.spec.precision)
-    flat = [_flat(tensor) for tensor in (job.param, job.grad, *job.stored)]
-    for first, count, row in _spans(job):
-        if _compiles(job, count, row):
-            rows = _rows(flat, first, count, row)
-            scales = _scales(job, first, count)
-            words = torch.tensor([_words(job, first)], dtype=torch.int32, device=job.param.device)
-            sequence = _row_sequence(count // row, row, job.param.device)
-            words = words.expand(count // row, -1)
-            compiled_update(job.spec, rows, scales, new_scales, words, sequence, job.constants)
-        else:
-            param, grad = _rows(flat[:2], first, count, row)
-            states = _states(job, flat[2:], first, count, row, new_scales)
-            job.spec.update(param, grad, states, _noise(job, first, param), job.constants)
-    if new_scales is not None:
-        for scale, new in zip(job.tensor_scales, new_scales, strict=True):
+            _run_together(batch, of_batch)
+    for job in scaled:
+        for scale, new in zip(job.tensor_scales, next_scales[id(job)].unbind(), strict=True):
             scale.copy_(new)
+
+
+def _next_scales(jobs: Sequence[Job], numbers: dict[int, Tensor]) -> dict[int, Tensor]:
+    """Return the scales of the next states, float32 ``[states]``, by the job's id.
+
+    The largest values of all parameters of a kind become scales together: these are a dozen operations on a few bytes.
+    """
+    largest = [(job, _largest(job, numbers.get(id(job.constants)))) for job in jobs]
+    max_over_shards((job.whole, values) for job, values in largest)
+    kinds: dict[Any, list[tuple[Job, Tensor]]] = {}
+    for job, values in largest:
+        kinds.setdefault((job.spec, job.param.device), []).append((job, values))
+    found: dict[int, Tensor] = {}
+    for (spec, _), members in kinds.items():
+        scales = spec.rule.cover(torch.stack([values for _, values in members], dim=1), spec.precision)
+        found.update(zip((id(job) for job, _ in members), scales.t().contiguous().unbind(), strict=True))
+    return found
+
+
+def _run_alone(job: Job, numbers: Tensor | None, new_scales: Tensor | None) -> None:
+    flat = [tensor.contiguous() for tensor in (job.param, job.grad, *job.stored)]
+    for rows in _spans(job):
+        first, count, row = rows
+        if numbers is not None and _compiles(job, rows):
+            words = torch.tensor([_words(job, first)], dtype=torch.int32, device=job.param.device)
+            words = words.expand(count // row, -1).contiguous()
+            sequence = _row_sequence(count // row, row, job.param.device)
+            compiled_update(job.spec, flat, rows, _scales(job, first, count), new_scales, words, sequence, numbers)
+        else:
+            param, grad = _rows(flat[:2], rows)
+            states = _states(job, flat[2:], rows, new_scales)
+            job.spec.update(param, grad, states, _noise(job, first, param), job.constants)
     for tensor, values in zip((job.param, *job.stored), (flat[0], *flat[2:]), strict=True):
-        if not tensor.is_contiguous():
-            tensor.copy_(values.view(tensor.shape))
+        if values is not tensor:
+            tensor.copy_(values)
 
 
 def _noise(job: Job, first: int, rows: Tensor) -> Noise:
@@ -146,75 +150,82 @@ def _noise(job: Job, first: int, rows: Tensor) -> Noise:
     starts = shard.starts[first // shard.run :][: len(rows)]
     words = torch.tensor([_words_at(job, int(start)) for start in starts], dtype=torch.int32, device=rows.device)
     sequence = torch.zeros(len(rows), dtype=torch.int32, device=rows.device)
-    return RowNoise(job.spec.streams(), words, sequence, weyl_sequence(shard.run, device=rows.device))
+    return RowNoise(job.spec.streams, words, sequence, weyl_sequence(shard.run, device=rows.device))
 
 
-def _run_together(jobs: list[Job]) -> None:
+def _run_together(jobs: list[Job], numbers: Tensor | None) -> None:
     """Update small parameters as one, each with its own noise: gathered in rows, padded with zeros, and put back."""
     first = jobs[0]
     device = first.param.device
     sizes = tuple(job.param.numel() for job in jobs)
-    owner, sequence, padding = _batch_layout(sizes, device)
+    owner, sequence = _batch_layout(sizes, device)
+    padding = [-size % ROW for size in sizes]
     tensors = zip(*((job.param, job.grad, *job.stored) for job in jobs), strict=True)
-    gathered = [_gather(column, padding).view(-1, ROW) for column in tensors]
+    gathered = [_gather(column, padding) for column in tensors]
     words = torch.tensor([_words(job, 0) for job in jobs], dtype=torch.int32, device=device)[owner]
     scales = [None] * len(first.stored)
-    if first.compiled and len(owner) > 1:
-        compiled_update(first.spec, gathered, scales, None, words, sequence, first.constants)
+    if numbers is not None and first.compiled and len(owner) > 1:
+        rows = Rows(0, len(owner) * ROW, ROW)
+        compiled_update(first.spec, gathered, rows, scales, None, words, sequence, numbers)
     else:
-        noise = RowNoise(first.spec.streams(), words, sequence, weyl_sequence(ROW, device=device))
-        param, grad, *stored = gathered
+        noise = RowNoise(first.spec.streams, words, sequence, weyl_sequence(ROW, device=device))
+        param, grad, *stored = (values.view(-1, ROW) for values in gathered)
         first.spec.update(param, grad, first.spec.stored(param, stored, scales), noise, first.constants)
     columns = zip(*((job.param, *job.stored) for job in jobs), strict=True)
+    split = [length for size, pad in zip(sizes, padding, strict=True) for length in (size, pad)]
     for column, values in zip(columns, (gathered[0], *gathered[2:]), strict=True):
-        pieces = values.view(-1).split(
-            [size for job_size, pad in zip(sizes, padding, strict=True) for size in (job_size, pad)]
-        )
-        torch._foreach_copy_(list(column), [p.view(t.shape) for p, t in zip(pieces[::2], column, strict=True)])
+        pieces = values.split(split)[::2]
+        shaped = [piece if t.dim() == 1 else piece.view(t.shape) for piece, t in zip(pieces, column, strict=True)]
+        torch._foreach_copy_(list(column), shaped)
 
 
 def _gather(tensors: Sequence[Tensor], padding: Sequence[int]) -> Tensor:
     zeros = tensors[0].new_zeros(ROW)
-    pieces = (
-        piece for tensor, pad in zip(tensors, padding, strict=True) for piece in (tensor.reshape(-1), zeros[:pad])
+    by_length = {pad: zeros[:pad] for pad in set(padding)}
+    return torch.cat(
+        [
+            piece
+            for tensor, pad in zip(tensors, padding, strict=True)
+            for piece in (tensor if tensor.dim() == 1 else tensor.reshape(-1), by_length[pad])
+        ]
     )
-    return torch.cat(list(pieces))
 
 
 @lru_cache(maxsize=64)
-def _batch_layout(sizes: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor, list[int]]:
-    """Return each row's parameter, the Weyl sequence at its first element, and the zeros after each parameter."""
+def _batch_layout(sizes: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return each row's parameter and the Weyl sequence at its first element."""
     rows = torch.tensor([-(-size // ROW) for size in sizes])
     owner = torch.repeat_interleave(torch.arange(len(sizes)), rows).to(device)
     sequence = torch.cat([weyl_sequence(int(count), step=ROW) for count in rows]).to(device)
-    return owner, sequence, [-size % ROW for size in sizes]
+    return owner, sequence
 
 
-def _largest(job: Job) -> Tensor:
-    flat = [_flat(tensor) for tensor in (job.param, job.grad, *job.stored)]
+def _largest(job: Job, numbers: Tensor | None) -> Tensor:
+    """Return :meth:`Rule.largest` of this process's part."""
+    flat = [tensor.contiguous() for tensor in (job.param, job.grad, *job.stored)]
     found = []
-    for first, count, row in _spans(job):
-        if _compiles(job, count, row):
-            found.append(compiled_largest(job.spec, _rows(flat, first, count, row), job.scales, job.constants))
+    for rows in _spans(job):
+        if numbers is not None and _compiles(job, rows):
+            found.append(compiled_largest(job.spec, flat, rows, job.scales, numbers))
         else:
-            param, grad = _rows(flat[:2], first, count, row)
-            found.append(job.spec.largest(param, grad, _states(job, flat[2:], first, count, row), job.constants))
+            param, grad = _rows(flat[:2], rows)
+            found.append(job.spec.largest(param, grad, _states(job, flat[2:], rows), job.constants))
     if not found:  # a shard without values
         return torch.zeros(len(flat) - 2, dtype=torch.float32, device=job.param.device)
-    return torch.stack(found).amax(dim=0)
+    return found[0] if len(found) == 1 else torch.stack(found).amax(dim=0)
 
 
-def _rows(flat: Sequence[Tensor], first: int, count: int, row: int) -> list[Tensor]:
-    return [tensor[first : first + count].view(-1, row) for tensor in flat]
+def _rows(flat: Sequence[Tensor], rows: Rows) -> list[Tensor]:
+    first, count, row = rows
+    return [tensor.view(-1)[first : first + count].view(-1, row) for tensor in flat]
 
 
-def _states(
-    job: Job, flat: Sequence[Tensor], first: int, count: int, row: int, new_scales: Tensor | None = None
-) -> Sequence[StoredRows]:
-    """Return the states of rows of ``row`` values, ``count`` in all, which begin at value ``first``."""
+def _states(job: Job, flat: Sequence[Tensor], rows: Rows, new_scales: Tensor | None = None) -> Sequence[StoredRows]:
+    """Return the states of rows."""
+    first, count, row = rows
     scales = _scales(job, first, count)
     if not job.spec.precision.is_fp4:
-        return job.spec.stored(job.param, _rows(flat, first, count, row), scales, new_scales)
+        return job.spec.stored(job.param, _rows(flat, rows), scales, new_scales)
     size = job.spec.precision.block_size
     blocks = slice(first // size, -(-(first + count) // size))
     return [
@@ -232,8 +243,8 @@ def _states(
     ]
 
 
-def _spans(job: Job) -> Iterator[tuple[int, int, int]]:
-    """Yield (first value, number of values, values in a row) of the pieces to update one after the other."""
+def _spans(job: Job) -> Iterator[Rows]:
+    """Yield the pieces to update one after the other."""
     total = job.param.numel()
     blocks = job.spec.precision.scaling == "block"
     row = job.spec.precision.block_size if blocks else ROW
@@ -247,16 +258,16 @@ def _spans(job: Job) -> Iterator[tuple[int, int, int]]:
     while first < whole:
         of_segment = _SEGMENT - ((job.start or 0) + first) % _SEGMENT
         count = min(chunk, whole - first, max(of_segment // row, 1) * row)
-        yield first, count, row
+        yield Rows(first, count, row)
         first += count
     if whole < total:
-        yield whole, total - whole, total - whole
+        yield Rows(whole, total - whole, total - whole)
 
 
-def _compiles(job: Job, count: int, row: int) -> bool:
+def _compiles(job: Job, rows: Rows) -> bool:
     # torch.compile treats a size of 1 apart. Four-bit states are not compiled.
     compiled = job.compiled and not job.spec.precision.is_fp4
-    return compiled and job.start is not None and count >= 2 * row and job.param.dtype != torch.float64
+    return compiled and job.start is not None and rows.numel >= 2 * rows.length and job.param.dtype != torch.float64
 
 
 def _chunk(device: torch.device) -> int:
@@ -269,12 +280,7 @@ def _words(job: Job, first: int) -> list[int]:
 
 
 def _words_at(job: Job, index: int) -> list[int]:
-    return [word for stream in job.spec.streams() for word in hash_words(job.keys[stream], index)]
-
-
-def _flat(tensor: Tensor) -> Tensor:
-    """Return the values in row-major order: a view where memory is in that order."""
-    return tensor.detach().reshape(-1)
+    return [word for stream in job.spec.streams for word in hash_words(job.keys[stream], index)]
 
 
 def _scales(job: Job, first: int, count: int) -> list[Tensor | None]:

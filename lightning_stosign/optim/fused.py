@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from types import FunctionType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,6 +35,14 @@ _INTERLEAVED: dict[str, Any] = {"pick_loop_orders": False}
 _UNCUT: dict[str, Any] = {"realize_reads_threshold": 1000, "realize_acc_reads_threshold": 1000}
 
 
+class Rows(NamedTuple):
+    """Values ``first`` to ``first + numel`` of a tensor in row-major order, as rows of ``length`` values."""
+
+    first: int
+    numel: int
+    length: int
+
+
 @lru_cache(maxsize=1)
 def has_compiler() -> bool:
     """Return whether torch.compile works on this machine, by trying it once; warns if it does not."""
@@ -53,45 +61,48 @@ def _trial(x: Tensor) -> Tensor:
 
 def compiled_update(
     spec: UpdateSpec,
-    rows: Sequence[Tensor],
+    tensors: Sequence[Tensor],
+    rows: Rows,
     scales: Sequence[Tensor | None],
     new_scales: Tensor | None,
     words: Tensor,
     sequence: Tensor,
-    constants: Constants,
+    constants: Tensor,
 ) -> None:
     """Run :meth:`UpdateSpec.update` compiled.
 
     Args:
         spec: the update.
-        rows: parameter, gradient and states, ``[rows, values in a row]``, at least two rows.
+        tensors: parameter, gradient and states, contiguous.
+        rows: which of their values, at least two rows.
         scales: of the states, as in :class:`StoredRows`.
         new_scales: likewise.
-        words: as in :class:`RowNoise`.
+        words: as in :class:`RowNoise`; contiguous: an expanded tensor would be compiled apart.
         sequence: likewise.
-        constants: the numbers of the step.
+        constants: the numbers of the step, from :func:`as_tensor`.
     """
-    interleaved = _interleaves(rows)
-    kernel = _compiled(_update, spec, tuple(tensor.dtype for tensor in rows), rows[0].device, interleaved)
+    device, dtypes = tensors[0].device, tuple(tensor.dtype for tensor in tensors)
+    interleaved = _interleaves(rows.length, dtypes)
+    kernel = _compiled(_update, spec, dtypes, device, interleaved)
     kernel(
-        [_rows(tensor, interleaved) for tensor in rows],
+        [_rows(tensor, rows, interleaved) for tensor in tensors],
         [_operand(scale) for scale in scales],
         None if new_scales is None else _static(new_scales),
         _without_base(words),
         _without_base(sequence),
-        _row_sequence(rows[0].shape[1], interleaved, rows[0].device),
-        _as_tensor(constants, rows[0].device),
+        _row_sequence(rows.length, interleaved, device),
+        constants,
         spec,
     )
 
 
 def compiled_largest(
-    spec: UpdateSpec, rows: Sequence[Tensor], scales: Sequence[Tensor | None], constants: Constants
+    spec: UpdateSpec, tensors: Sequence[Tensor], rows: Rows, scales: Sequence[Tensor | None], constants: Tensor
 ) -> Tensor:
     """Run :meth:`UpdateSpec.largest` compiled; arguments as above."""
-    kernel = _compiled(_largest, spec, tuple(tensor.dtype for tensor in rows), rows[0].device, False)
-    operands = [_rows(tensor, False) for tensor in rows]
-    return kernel(operands, [_operand(scale) for scale in scales], _as_tensor(constants, rows[0].device), spec)
+    kernel = _compiled(_largest, spec, tuple(tensor.dtype for tensor in tensors), tensors[0].device, False)
+    operands = [_rows(tensor, rows, False) for tensor in tensors]
+    return kernel(operands, [_operand(scale) for scale in scales], constants, spec)
 
 
 def _update(
@@ -105,7 +116,7 @@ def _update(
     spec: UpdateSpec,
 ) -> None:
     param, grad, *stored = rows
-    noise = RowNoise(spec.streams(), words, sequence, row)
+    noise = RowNoise(spec.streams, words, sequence, row)
     spec.update(param, grad, spec.stored(param, stored, scales, new_scales), noise, _from_tensor(constants))
 
 
@@ -114,8 +125,8 @@ def _largest(rows: list[Tensor], scales: list[Tensor | None], constants: Tensor,
     return spec.largest(param, grad, spec.stored(param, stored, scales), _from_tensor(constants))
 
 
-def _as_tensor(constants: Constants, device: torch.device) -> Tensor:
-    """Return the numbers as a float32 tensor: a change of one does not recompile."""
+def as_tensor(constants: Constants, device: torch.device) -> Tensor:
+    """Return the numbers of a step as a float32 tensor: a change of one does not recompile."""
     numbers = constants if constants.finite is not True else constants[:-1]
     if any(isinstance(number, Tensor) for number in numbers):
         tensors = [torch.as_tensor(number, dtype=torch.float32, device=device) for number in numbers]
@@ -137,31 +148,34 @@ def _static(tensor: Tensor) -> Tensor:
 @lru_cache(maxsize=32)
 def _row_sequence(numel: int, interleaved: bool, device: torch.device) -> Tensor:
     row = weyl_sequence(numel, device=device)
-    return _static(_interleave(row.unsqueeze(0))[0].contiguous() if interleaved else row)
+    return _static(_rows(row, Rows(0, numel, numel), True)[0].contiguous() if interleaved else row)
 
 
-def _interleaves(rows: Sequence[Tensor]) -> bool:
+def _interleaves(row: int, dtypes: Sequence[torch.dtype]) -> bool:
     """Return whether the vectors of a row are to be visited every second one first.
 
     Inductor's vectors are as long as float32's. On AVX-512 it reads and writes the 16 values of a 16-bit dtype as the
     half of a vector, masked, and the processor makes a read wait for a masked write to the half beside it: as many
     times longer as the kernel has instructions to wait with.
     """
-    return rows[0].shape[1] % (2 * _LANES) == 0 and any(tensor.dtype.itemsize == 2 for tensor in rows)
+    return row % (2 * _LANES) == 0 and any(dtype.itemsize == 2 for dtype in dtypes)
 
 
-def _interleave(rows: Tensor) -> Tensor:
-    """View rows as ``[rows, 2, pairs of vectors, lanes]``: first all even vectors of a row, then all odd ones."""
-    return rows.view(len(rows), -1, 2, _LANES).transpose(1, 2)
+def _rows(tensor: Tensor, rows: Rows, interleaved: bool) -> Tensor:
+    """View the values of a contiguous tensor as rows, without a base.
 
-
-def _rows(tensor: Tensor, interleaved: bool) -> Tensor:
-    if tensor.dtype in FP8_DTYPES:
-        tensor = tensor.view(torch.int8)
-    rows = _without_base(_interleave(tensor) if interleaved else tensor)
-    for dim in range(1, rows.dim()):
-        torch._dynamo.mark_static(rows, dim)
-    return rows
+    Returns:
+        ``[rows, values]``, or ``[rows, 2, pairs of vectors, lanes]``: first all even vectors of a row, then all odd
+        ones. FP8 as int8.
+    """
+    size, stride = [rows.numel // rows.length, rows.length], [rows.length, 1]
+    if interleaved:
+        size[1:], stride[1:] = [2, rows.length // (2 * _LANES), _LANES], [_LANES, 2 * _LANES, 1]
+    view = torch.empty(0, dtype=torch.int8 if tensor.dtype in FP8_DTYPES else tensor.dtype, device=tensor.device)
+    view.set_(tensor.untyped_storage(), tensor.storage_offset() + rows.first, size, stride)
+    for dim in range(1, len(size)):
+        torch._dynamo.mark_static(view, dim)
+    return view
 
 
 def _operand(scale: Tensor | None) -> Tensor | None:

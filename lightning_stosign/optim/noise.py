@@ -52,10 +52,15 @@ def noise_key(seed: int, step: int, index: int, stream: Stream = Stream.UPDATE) 
         >>> noise_key(0, 1, 0) == noise_key(0, 1, 0), noise_key(0, 1, 0) == noise_key(0, 2, 0)
         (True, False)
     """
-    key = 0
-    for word in (seed, step, index, int(stream)):
+    key = _key_of_step(seed, step)
+    for word in (index, int(stream)):
         key = _splitmix64(key ^ (word & _MASK64))
     return key
+
+
+@lru_cache(maxsize=16)
+def _key_of_step(seed: int, step: int) -> int:
+    return _splitmix64(_splitmix64(seed & _MASK64) ^ (step & _MASK64))
 
 
 def uniform_noise(key: int, numel: int, *, start: int = 0, device: torch.device | str | None = None) -> Tensor:

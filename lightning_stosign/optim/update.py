@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -241,11 +241,13 @@ class UpdateSpec:
     rule: Rule
     precision: StatePrecision
     round_param: bool  # stochastically, a parameter of less than float32
+    streams: tuple[Stream, ...] = field(init=False, compare=False)
+    """The streams that are drawn from."""
 
-    def streams(self) -> tuple[Stream, ...]:
-        """Return the streams that are drawn from."""
+    def __post_init__(self) -> None:
         rounding = ((Stream.ROUND_STATE, self.precision.stochastic_rounding), (Stream.ROUND_PARAM, self.round_param))
-        return self.rule.streams() + tuple(stream for stream, used in rounding if used)
+        streams = self.rule.streams() + tuple(stream for stream, used in rounding if used)
+        object.__setattr__(self, "streams", streams)
 
     def stored(
         self,

@@ -157,9 +157,9 @@ def calls(monkeypatch):
     """The shapes of what was updated compiled."""
     shapes = []
 
-    def record(spec, rows, *args):
-        shapes.append(tuple(rows[0].shape))
-        return fused.compiled_update(spec, rows, *args)
+    def record(spec, tensors, rows, *args):
+        shapes.append((rows.numel // rows.length, rows.length))
+        return fused.compiled_update(spec, tensors, rows, *args)
 
     monkeypatch.setattr(engine, "compiled_update", record)
     return shapes

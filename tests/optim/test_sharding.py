@@ -109,12 +109,12 @@ def test_a_part_across_the_key_s_boundary_draws_the_noise_of_its_elements():
     param = torch.zeros(numel)
     spec = UpdateSpec(StoSignRule(stochastic=True, maximize=False), FLOAT32, round_param=False)
     keys, state = {Stream.UPDATE: 3}, {"exp_avg": param, "exp_inf": param}
-    job = engine.Job(param, param, param, state, spec, keys, Constants(1, 1, 1, 1), compiled=True)
     with patch.object(engine, "shard_of", return_value=shard):
-        assert job.batch_key is None
-        spans = list(engine._spans(job))
-        noises = [engine._noise(job, first, torch.empty(count // row, row)) for first, count, row in spans]
-        drawn = torch.cat([noise.uniform(Stream.UPDATE).flatten() for noise in noises])
+        job = engine.Job(param, param, param, state, spec, keys, Constants(1, 1, 1, 1), compiled=True)
+    assert job.batch_key is None
+    spans = list(engine._spans(job))
+    noises = [engine._noise(job, first, torch.empty(count // row, row)) for first, count, row in spans]
+    drawn = torch.cat([noise.uniform(Stream.UPDATE).flatten() for noise in noises])
     assert torch.equal(drawn, uniform_noise(3, numel, start=start))
     for first, count, row in spans:  # what is compiled has one key
         assert count < 2 * row or (start + first) >> 32 == (start + first + count - 1) >> 32
