@@ -2,6 +2,7 @@
 
 python benchmarks/fp8_pretraining.py            # hours on 2 cores; an interrupted study goes on where it was
 python benchmarks/fp8_pretraining.py --quick    # minutes: four short runs, and whether the claim holds of them
+python benchmarks/fp8_pretraining.py --report   # seconds: only writes RESULTS.md, of the runs that there are
 
 The example's GPT, FP8 matrix products (E4M3 forward, E5M2 gradients), optimizer states in float32 and in FP8; each
 method at the learning rate that is best for it, found on a grid that has a worse one on either side; several seeds.
@@ -60,6 +61,7 @@ def benchmark(
     workers: int | None = None,
     out: str = "benchmarks/results",
     work: str = "runs/fp8_pretraining",
+    report: bool = False,
 ) -> None:
     """Carry out the study.
 
@@ -71,9 +73,13 @@ def benchmark(
         workers: runs side by side, a thread each; by default as many as there are cores.
         out: folder of the results.
         work: folder for the checkpoints of unfinished runs.
+        report: train nothing, only write RESULTS.md.
     """
     workers = workers or cores()
     store, scale = Store(Path(out)), Scale(steps, task, seeds)
+    if report:
+        print(write(store, scale, COMMAND))
+        return
     with pool_of(workers) as pool:
         study = Study(store, pool, workers, Path(work), scale, compiled=True, corpus=corpus)
         for part in study.everything():
@@ -91,7 +97,8 @@ def pool_of(workers: int) -> ProcessPoolExecutor:
 if __name__ == "__main__":
     parser = ArgumentParser()
     parser.add_argument("--quick", action="store_true", help="only check the claim, by four short runs")
-    parser.add_function_arguments(benchmark)
+    parser.add_argument("--report", action="store_true", help="only write RESULTS.md, of the runs that there are")
+    parser.add_function_arguments(benchmark, skip={"report"})
     settings = vars(parser.parse_args())
     if settings.pop("quick"):
         check_claim(settings["workers"] or cores())

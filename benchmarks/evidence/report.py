@@ -73,8 +73,8 @@ def write(store: Store, scale: Scale, command: str) -> Path:
         f"Float32 throughout, {scale.steps}, {LONGER * scale.steps} and {LONGEST * scale.steps} steps, learning rates"
         f" tuned for each. The steps at which {OURS} would end with a baseline's final loss are interpolated, by their"
         " logarithm, between runs of different lengths, each with its own schedule. The ratio is that of the tokens"
-        " that the baseline needs to those that StoSignSGD needs; below 1 the baseline is ahead. The paper reports 1.44 to"
-        " 2.14, at 13 billion tokens.",
+        " that the baseline needs to those that StoSignSGD needs; below 1 the baseline is ahead. The paper reports 1.44"
+        " to 2.14, at 13 billion tokens.",
         tables.ratios(),
         tables.longer(),
         f"What might raise the ratio: {LONGER * scale.steps} steps, float32 throughout, learning rates tuned, seed 0.",
@@ -103,10 +103,20 @@ def write(store: Store, scale: Scale, command: str) -> Path:
         tables.larger(),
         "## What differs from the paper",
         DEVIATIONS.format(tokens=scale.steps * TOKENS_A_STEP),
+        *recorded(store.folder),
     ]
     path = store.folder / "RESULTS.md"
     path.write_text("\n\n".join(sections) + "\n")
     return path
+
+
+def recorded(folder: Path) -> list[str]:
+    """Return what the other benchmarks and examples have printed: the command and its output, file by file."""
+    files = sorted(folder.glob("*.txt"))
+    if not files:
+        return []
+    intro = "Recorded by `benchmarks/record.sh`; each begins with the command that prints it."
+    return ["## Other measurements", intro, *(f"### {p.stem}\n\n```\n{p.read_text().strip()}\n```" for p in files)]
 
 
 def curve(tables: Tables, method: str, states: str, tag: str) -> tuple[list[int], list[float]]:

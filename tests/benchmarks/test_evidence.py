@@ -119,6 +119,9 @@ def test_study_carries_out_its_plan_once_and_the_report_tells_it(tmp_path):
     # 0.25 nats are half of what twice the steps give: the baseline needs the square root of 2 times the tokens.
     assert "1.41 ± 0.01" in text
     assert "kjv.txt" in text
+    (tmp_path / "guard.txt").write_text("$ python benchmarks/guard.py\nstops at step 3\n")
+    text = write(store, SMALL, "python study.py").read_text()
+    assert "### guard\n\n```\n$ python benchmarks/guard.py\nstops at step 3\n```" in text
     executor.asked.clear()
     for _ in Study(Store(tmp_path), executor, 1, tmp_path, SMALL, compiled=False, corpus="kjv.txt").everything():
         assert executor.asked == []
