@@ -72,6 +72,11 @@ class Layout:
         return sum(s.numel for s in self.compressed)
 
     @property
+    def exact_width(self) -> int:
+        """Number of uncompressed values in a part, the last one padded."""
+        return -(-sum(s.numel for s in self.exact) // self.workers)
+
+    @property
     def width(self) -> int:
         """Bytes that the signs of one part take."""
         return packed_width(self.n_compressed, self.workers)

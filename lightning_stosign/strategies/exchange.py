@@ -16,8 +16,10 @@ from lightning_stosign.strategies.compression import (
     decode_,
     keep_residuals_,
 )
+from lightning_stosign.strategies.counts import counts_width, pack_counts, unpack_counts
 from lightning_stosign.strategies.launch import Launcher, StreamLauncher, ThreadLauncher
-from lightning_stosign.strategies.packing import count_votes, majority, pack_signs, unpack_counts
+from lightning_stosign.strategies.message import Message
+from lightning_stosign.strategies.packing import count_votes, majority, pack_signs
 from lightning_stosign.strategies.wire import Wire
 
 Aggregation = Literal["majority", "mean"]
@@ -30,8 +32,9 @@ class SignExchange:
     """Replaces DDP's all_reduce: signs up, votes counted in equal parts by all workers, their result down.
 
     Register it with ``ddp_model.register_comm_hook(exchange, sign_hook)``. A bucket's ``n`` compressed values cost a
-    worker ``n (W - 1) / 8 W`` bytes up, as many down for ``majority``, and ``W.bit_length()`` times as many down for
-    ``mean``, which needs the number of votes; besides 4 bytes a parameter tensor for its scale.
+    worker ``n (W - 1) / 8 W`` bytes up and as many down for ``majority``; for ``mean``, which needs the number of
+    votes, 1.6 times as many down with 2 workers, 2.67 times with 4, 3.2 times with 8. The values that are not
+    compressed go in the same messages. A parameter tensor costs 4 bytes more for its scale.
 
     Everything but the rank is the same on all workers, and so is the result, bit for bit. It depends on the values of a
     parameter, the step and the seed, not on how DDP groups parameters into buckets.
@@ -45,6 +48,9 @@ class SignExchange:
         error_feedback: add what the signs lost to the next gradient; for plain signs.
         warmup_steps: how many steps go uncompressed before the first compressed one.
         seed: of the noise.
+
+    Raises:
+        ValueError: more than 255 workers with ``aggregation="mean"``, whose counts are bytes.
     """
 
     def __init__(
@@ -59,6 +65,8 @@ class SignExchange:
         warmup_steps: int,
         seed: int,
     ) -> None:
+        if aggregation == "mean" and wire.workers > 255:
+            raise ValueError(f"aggregation='mean' counts the votes of at most 255 workers, got {wire.workers}")
         self.step = 0  # of the last backward pass that exchanged gradients, from 1
         self.wire = wire
         self._names = {param: (index, name) for index, (name, param) in enumerate(params.items())}
@@ -150,29 +158,53 @@ class SignExchange:
         if step <= self._warmup_steps:
             self.wire.all_reduce_(flat.div_(self.wire.workers))
             return
-        # What goes in full precision is under way while the signs are made and counted.
-        finish_average = self._start_average(flat, layout)
-        if layout.compressed:
-            self._vote(flat, layout, step)
-        finish_average()
+        workers, votes = self.wire.workers, self._aggregation == "majority"
+        voters = 1 if votes else workers  # that remain to be counted when the result comes down
+        up = Message(layout.exact_width, flat.dtype, layout.width)
+        down = Message(layout.exact_width, flat.dtype, counts_width(layout.width, voters))
 
-    def _start_average(self, flat: Tensor, layout: Layout) -> Callable[[], None]:
-        """Start to average the uncompressed values; return what waits for them and writes them to the bucket."""
-        if not layout.exact:
-            return lambda: None
-        values = torch.cat([s.of_bucket(flat) for s in layout.exact]).div_(self.wire.workers)
-        wait = self.wire.start_all_reduce(values)
-
-        def finish() -> None:
-            wait()
-            for s in layout.exact:
-                s.of_bucket(flat).copy_(s.of(values))
-
-        return finish
-
-    def _vote(self, flat: Tensor, layout: Layout, step: int) -> None:
-        workers, code = self.wire.workers, self._code
+        mine = up.empty(workers, flat.device)
+        exact = flat.new_empty((workers, layout.exact_width))
+        collect_(exact.view(-1), flat, layout.exact)
+        up.exact_of(mine).copy_(exact)
         values = self._values(flat, layout)
+        scales = self._pack(values, flat, layout, step, out=up.packed_of(mine))
+
+        # All workers' values and signs of this worker's part; with an even number of workers, a vote more for ties.
+        breaks_ties = votes and workers % 2 == 0
+        theirs = up.empty(workers + breaks_ties, flat.device)
+        self.wire.all_to_all(mine, theirs[:workers])
+        signs = up.packed_of(theirs)
+        if breaks_ties:
+            coins = self._code.tie_breaker(layout, step, values.view(torch.int8)[: 8 * layout.width])
+            pack_signs(coins.view(1, 8 * layout.width), zero_is_positive=True, out=signs[workers:])
+        result = down.empty(1, flat.device)
+        down.exact_of(result)[0] = up.exact_of(theirs)[:workers].mean(0, dtype=values.dtype)
+        pack_counts(majority(signs) if votes else count_votes(signs), voters, out=down.packed_of(result)[0])
+
+        results = self.wire.all_gather(result[0])
+        exact.copy_(down.exact_of(results))
+        for s in layout.exact:
+            s.of_bucket(flat).copy_(s.of(exact.view(-1)))
+        unpack_counts(down.packed_of(results), voters, out=values.view(workers, 8 * layout.width))
+        decode_(flat, values, layout, scales, voters)
+
+    def _pack(self, values: Tensor, flat: Tensor, layout: Layout, step: int, out: Tensor) -> Tensor:
+        """Write this worker's signs.
+
+        Args:
+            values: room for the compressed values, shape ``[layout.padded]``.
+            flat: the bucket's buffer.
+            layout: the bucket's.
+            step: the number of the step.
+            out: uint8, shape ``[workers, layout.width]``, to write to.
+
+        Returns:
+            The scales that all workers share: shape ``[len(layout.compressed)]``.
+        """
+        if not layout.compressed:
+            return values
+        code = self._code
         collect_(values, flat, layout.compressed)
         if self._residuals is not None:
             add_residuals_(values, layout, self._residuals)
@@ -180,25 +212,14 @@ class SignExchange:
         scales = code.local_scales(values, layout)
         self.wire.all_reduce_(scales, dist.ReduceOp.MAX if code.stochastic else dist.ReduceOp.SUM)
         if not code.stochastic:
-            scales.div_(workers)
+            scales.div_(self.wire.workers)
 
         code.perturb_(values, layout, scales, step)
         zero_is_positive = code.zero_is_positive(step)
-        signs = pack_signs(values.view(workers, -1), zero_is_positive=zero_is_positive)
+        pack_signs(values.view(self.wire.workers, -1), zero_is_positive=zero_is_positive, out=out)
         if self._residuals is not None:
             keep_residuals_(values, layout, scales, self._residuals, zero_is_positive=zero_is_positive)
-
-        # All votes on this worker's part; with an even number of workers, one more for ties.
-        breaks_ties = self._aggregation == "majority" and workers % 2 == 0
-        votes = torch.empty((workers + breaks_ties, layout.width), dtype=torch.uint8, device=flat.device)
-        self.wire.all_to_all(signs, votes[:workers])
-        if breaks_ties:
-            coins = code.tie_breaker(layout, step, values.view(torch.int8)[: 8 * layout.width])
-            pack_signs(coins.view(1, -1), zero_is_positive=True, out=votes[workers:])
-
-        result = majority(votes) if self._aggregation == "majority" else count_votes(votes)
-        unpack_counts(self.wire.all_gather(result), values.view(workers, -1))
-        decode_(flat, values, layout, scales, voters=1 if self._aggregation == "majority" else workers)
+        return scales
 
     def _values(self, flat: Tensor, layout: Layout) -> Tensor:
         """Return room for the compressed values. Kept from bucket to bucket: new memory costs more than the packing."""

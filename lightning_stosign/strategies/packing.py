@@ -54,7 +54,7 @@ def pack_signs(values: Tensor, *, zero_is_positive: bool = False, out: Tensor | 
     return out
 
 
-def unpack_counts(planes: Tensor, out: Tensor) -> Tensor:
+def unpack_planes(planes: Tensor, out: Tensor) -> Tensor:
     """Write the numbers that bit planes spell: each packed as signs are, the lowest bit's plane first.
 
     Args:

@@ -1,7 +1,5 @@
 """The collectives of the sign exchange, each counting what it sends."""
 
-from collections.abc import Callable
-
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -24,14 +22,8 @@ class Wire:
 
     def all_reduce_(self, tensor: Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> None:
         """Reduce a tensor over the workers, in place."""
-        self.start_all_reduce(tensor, op)()
-
-    def start_all_reduce(self, tensor: Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Callable[[], object]:
-        """Start to reduce a tensor over the workers, in place; return what waits for it."""
-        work = dist.all_reduce(tensor, op=op, group=self.group, async_op=True)
-        assert work is not None  # None only without async_op, and for ranks outside the group
+        dist.all_reduce(tensor, op=op, group=self.group)
         self.bytes_sent += 2 * tensor.nbytes * (self.workers - 1) // self.workers
-        return work.wait
 
     def all_to_all(self, rows: Tensor, out: Tensor) -> None:
         """Send row w to worker w; row w of ``out`` is what worker w sent here."""
@@ -41,7 +33,7 @@ class Wire:
     def all_gather(self, mine: Tensor) -> Tensor:
         """Return every worker's tensor, of the same shape on each: shape ``[workers, *mine.shape]``."""
         out = torch.empty((self.workers, *mine.shape), dtype=mine.dtype, device=mine.device)
-        dist.all_gather(list(out), mine, group=self.group)
+        dist.all_gather_into_tensor(out.view(-1), mine.view(-1), group=self.group)
         self.bytes_sent += mine.nbytes * (self.workers - 1)
         return out
 

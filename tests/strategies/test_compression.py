@@ -14,7 +14,8 @@ from lightning_stosign.strategies.compression import (
     decode_,
     keep_residuals_,
 )
-from lightning_stosign.strategies.packing import count_votes, majority, pack_signs, unpack_counts
+from lightning_stosign.strategies.counts import counts_width, pack_counts, unpack_counts
+from lightning_stosign.strategies.packing import count_votes, majority, pack_signs, unpack_planes
 
 
 def layout_of(workers, *numels, exact=()):
@@ -39,19 +40,20 @@ def in_place_of_workers(grads, layout, aggregation, step, *, stochastic=True, se
         pack_signs(v.view(workers, -1), zero_is_positive=code.zero_is_positive(step))
         for code, v in zip(codes, values, strict=True)
     ]
-    results = []
+    voters = workers if aggregation == "mean" else 1
+    results = torch.empty(workers, counts_width(layout.width, voters), dtype=torch.uint8)
     for rank in range(workers):
         votes = torch.stack([of_worker[rank] for of_worker in signs])
         if aggregation == "mean":
-            results.append(count_votes(votes))
+            pack_counts(count_votes(votes), voters, out=results[rank])
             continue
         if workers % 2 == 0:
             coins = codes[rank].tie_breaker(layout, step, torch.empty(8 * layout.width, dtype=torch.int8))
             votes = torch.cat([votes, pack_signs(coins.view(1, -1), zero_is_positive=True)])
-        results.append(majority(votes))
-    counts = unpack_counts(torch.stack(results), torch.empty(workers, 8 * layout.width)).view(-1)
+        pack_counts(majority(votes), voters, out=results[rank])
+    counts = unpack_counts(results, voters, out=torch.empty(workers, 8 * layout.width)).view(-1)
     flat = grads[0].clone()
-    decode_(flat, counts, layout, scales, voters=workers if aggregation == "mean" else 1)
+    decode_(flat, counts, layout, scales, voters)
     return flat
 
 
@@ -155,7 +157,7 @@ def test_what_was_lost_is_added_to_the_next_values():
         scales = code.local_scales(values, layout)
         zero = code.zero_is_positive(step)
         keep_residuals_(values, layout, scales, residuals, zero_is_positive=zero)
-        counts = unpack_counts(pack_signs(values.view(1, -1), zero_is_positive=zero)[None], torch.empty(1, 8))
+        counts = unpack_planes(pack_signs(values.view(1, -1), zero_is_positive=zero)[None], torch.empty(1, 8))
         decode_(flat, counts.view(-1), layout, scales, voters=1)
         total_sent += flat
     assert sorted(residuals) == ["p0", "p2"]

@@ -1,6 +1,7 @@
 """The exchange between real processes, bucket by bucket as DDP calls it, against numpy."""
 
 import itertools
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -36,9 +37,9 @@ def gradients(rank, step, dtype=torch.float32):
     return {name: grad.to(dtype) for name, grad in grads.items()}
 
 
-def exchange_gradients(*, bucket_cap_mb=25, dtype=torch.float32, warmup_steps=0, **options):
+def exchange_gradients(*, bucket_cap_mb=25, dtype=torch.float32, device="cpu", warmup_steps=0, **options):
     """Return each step's gradients after DDP's backward, and the bytes it sent."""
-    model, wire = Prescribed(dtype), Wire(dist.new_group())
+    model, wire = Prescribed(dtype).to(device), Wire(dist.new_group() if device == "cpu" else None)
     exchange = SignExchange(
         dict(model.params.named_parameters()),
         set(COMPRESSED),
@@ -53,8 +54,8 @@ def exchange_gradients(*, bucket_cap_mb=25, dtype=torch.float32, warmup_steps=0,
     steps, sent = [], []
     for step in range(1, STEPS + 1):
         ddp.zero_grad()
-        ddp(gradients(wire.rank, step, dtype)).backward()
-        steps.append({name: param.grad.clone() for name, param in model.params.items()})
+        ddp({name: grad.to(device) for name, grad in gradients(wire.rank, step, dtype).items()}).backward()
+        steps.append({name: param.grad.clone().cpu() for name, param in model.params.items()})
         sent.append(exchange.bytes_sent)
     exchange.close()
     state = exchange.state_dict()
@@ -132,11 +133,13 @@ def test_bytes_are_a_bit_up_and_the_result_down(results):
     workers = len(results)
     size = {name: int(np.prod(shape)) for name, shape in SHAPES.items()}
     width = -(-sum(size[name] for name in COMPRESSED) // (8 * workers))
-    exact = 2 * 4 * sum(n for name, n in size.items() if name not in COMPRESSED) * (workers - 1) // workers
+    exact = 4 * -(-sum(n for name, n in size.items() if name not in COMPRESSED) // workers)
     scales = 2 * 4 * 3 * (workers - 1) // workers  # "d" has no values
+    counts = {1: width, 2: 2 * -(-8 * width // 10), 3: 2 * width, 4: 2 * -(-8 * width // 6)}[workers]
     for case, options in CASES.items():
-        bits = 1 if options["aggregation"] == "majority" else workers.bit_length()
-        assert results[0][case]["bytes"] == [(workers - 1) * width * (1 + bits) + exact + scales] * STEPS
+        down = width if options["aggregation"] == "majority" else counts
+        messages = sum(-(-(exact + packed) // 8) * 8 for packed in (width, down))  # in multiples of 8 bytes
+        assert results[0][case]["bytes"] == [(workers - 1) * messages + scales] * STEPS
     assert results[0]["warm-up"]["bytes"][0] == 2 * 4 * sum(size.values()) * (workers - 1) // workers
 
 
@@ -152,6 +155,43 @@ def test_feedback_owes_exactly_what_has_not_been_sent(results):
         "residuals" not in result["feedback"]["state"] or not result["feedback"]["state"]["residuals"][0]
         for result in results[1:]
     )  # only rank 0 writes the checkpoint
+
+
+class NoWire:
+    """The first of three workers, whose messages say nothing."""
+
+    rank, workers, bytes_sent = 0, 3, 0
+
+    def all_reduce_(self, tensor, op):
+        assert tensor.device.type == "meta"
+
+    def all_to_all(self, rows, out):
+        assert rows.shape == out.shape and rows.device == out.device
+
+    def all_gather(self, mine):
+        return mine.new_empty(self.workers, *mine.shape)
+
+
+@pytest.mark.parametrize(
+    ("stochastic", "error_feedback"), [(True, False), (False, True)], ids=["stochastic", "with feedback"]
+)
+@pytest.mark.parametrize("aggregation", ["majority", "mean"])
+def test_accelerators_values_never_go_through_the_host(aggregation, stochastic, error_feedback):
+    # Tensors of the meta device have no values: reading one fails, and so does an operation beside one of the CPU.
+    params = {name: nn.Parameter(torch.empty(shape, device="meta")) for name, shape in SHAPES.items()}
+    options = {"stochastic": stochastic, "error_feedback": error_feedback, "warmup_steps": 0, "seed": 0}
+    exchange = SignExchange(params, set(COMPRESSED), NoWire(), aggregation=aggregation, **options)
+    flat = torch.empty(sum(param.numel() for param in params.values()), device="meta")
+    exchange._exchange(flat, exchange._layout(list(params.values())), step=1)
+    assert exchange._scratch.device.type == "meta"
+
+
+def test_more_workers_than_a_byte_counts_are_refused():
+    crowd = SimpleNamespace(rank=0, workers=256)
+    options = {"stochastic": True, "error_feedback": False, "warmup_steps": 0, "seed": 0}
+    with pytest.raises(ValueError, match="counts the votes of at most 255 workers, got 256"):
+        SignExchange({}, set(), crowd, aggregation="mean", **options)
+    SignExchange({}, set(), crowd, aggregation="majority", **options)
 
 
 def not_finite_on_one(rank, workers):
@@ -186,3 +226,24 @@ def test_all_workers_see_in_the_same_step_that_one_has_a_gradient_that_is_not_fi
     assert results[0] == results[1]
     for case, finite in results[0].items():
         assert finite == [name != case[-1] for name in SHAPES], case
+
+
+def on_gpus(rank, workers):
+    torch.cuda.set_device(rank)
+    dist.init_process_group("nccl", rank=rank, world_size=workers, device_id=torch.device("cuda", rank))
+    results = {name: exchange_gradients(device="cuda", **options) for name, options in CASES.items()}
+    results["many buckets"] = exchange_gradients(device="cuda", bucket_cap_mb=1e-4, **CASES["mean stochastic"])
+    results["feedback"] = exchange_gradients(device="cuda", error_feedback=True, **CASES["mean plain"])
+    return results
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_gpus_exchange_what_cpus_do():
+    for ours, on_cpu in zip(run_workers(on_gpus, 2), run_workers(all_cases, 2), strict=True):
+        for case, result in ours.items():
+            assert result["bytes"] == on_cpu[case]["bytes"]
+            for grads, expected in zip(result["grads"], on_cpu[case]["grads"], strict=True):
+                for name, grad in grads.items():
+                    # Plain signs' scales are means, which another device adds up in another order.
+                    torch.testing.assert_close(grad, expected[name], rtol=1e-5, atol=1e-7, msg=f"{case}, {name}")

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_stosign.strategies.packing import count_votes, majority, pack_signs, packed_width, unpack_counts
+from lightning_stosign.strategies.packing import count_votes, majority, pack_signs, packed_width, unpack_planes
 
 
 def numpy_packed(values, rows):
@@ -30,7 +30,7 @@ def test_packed_signs_are_numpys_and_come_back(rows, width, seed):
     values = np.random.default_rng(seed).standard_normal((rows, 8 * width)).astype(np.float32)
     packed = pack_signs(torch.from_numpy(values))
     assert np.array_equal(packed.numpy(), numpy_packed(values, rows))
-    unpacked = unpack_counts(packed.view(rows, 1, width), torch.empty(rows, 8 * width))
+    unpacked = unpack_planes(packed.view(rows, 1, width), torch.empty(rows, 8 * width))
     assert np.array_equal(unpacked.numpy(), values > 0)
 
 
@@ -59,7 +59,7 @@ def test_counts_are_numpys(voters, width, seed):
     votes = random_votes(voters, width, seed)
     planes = count_votes(votes)
     assert planes.shape == (voters.bit_length(), width)
-    counts = unpack_counts(planes[None], torch.empty(1, 8 * width))
+    counts = unpack_planes(planes[None], torch.empty(1, 8 * width))
     assert np.array_equal(counts.numpy().reshape(8, width), bits(votes).sum(0))
 
 
@@ -83,5 +83,5 @@ def test_majority_of_an_even_number_is_refused():
 
 
 def test_counts_up_to_255_fit_their_planes():
-    counts = unpack_counts(torch.full((1, 8, 2), 255, dtype=torch.uint8), torch.empty(1, 16))
+    counts = unpack_planes(torch.full((1, 8, 2), 255, dtype=torch.uint8), torch.empty(1, 16))
     assert counts.unique().tolist() == [255]
