@@ -5,8 +5,9 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -69,29 +70,31 @@ def bytes_out() -> int:
     raise NotPossibleError(f"this process runs on no host: it has no card {CARD}")
 
 
-def run_on(names: Sequence[str], command: Sequence[str], timeout: float) -> list[Any]:
-    """Run a command on each host, rank by rank, and return what each prints last, read as JSON.
+def run_on(names: Sequence[str], command: Sequence[str]) -> Iterator[Any]:
+    """Run a command on each host, rank by rank, and yield what the first prints, a line of JSON at a time.
+
+    It may take as long as it takes: a worker that loses another one ends by itself.
 
     Raises:
-        RuntimeError: one failed; its output is in the message.
+        RuntimeError: one failed; the end of its output is in the message.
     """
-    processes = []
-    for rank, name in enumerate(names):
-        address = {"MASTER_ADDR": "10.77.0.1", "MASTER_PORT": "29500", "GLOO_SOCKET_IFNAME": CARD}
-        env = os.environ | address | {"RANK": str(rank), "WORLD_SIZE": str(len(names))}
-        on_host = ["ip", "netns", "exec", name, *command]
-        processes.append(subprocess.Popen(on_host, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
-    outputs = []
-    try:
-        for rank, process in enumerate(processes):
-            out, err = process.communicate(timeout=timeout)
-            if process.returncode != 0:
-                raise RuntimeError(f"worker {rank} failed: {err[-2000:]}")
-            outputs.append(json.loads(out.splitlines()[-1]))
-    finally:
-        for process in processes:
-            process.kill()
-    return outputs
+    address = {"MASTER_ADDR": "10.77.0.1", "MASTER_PORT": "29500", "GLOO_SOCKET_IFNAME": CARD}
+    with ExitStack() as stack:
+        errors = [stack.enter_context(tempfile.TemporaryFile("w+")) for _ in names]
+        processes = []
+        for rank, (name, error) in enumerate(zip(names, errors, strict=True)):
+            env = os.environ | address | {"RANK": str(rank), "WORLD_SIZE": str(len(names))}
+            on_host = ["ip", "netns", "exec", name, *command]
+            out = subprocess.PIPE if rank == 0 else subprocess.DEVNULL
+            process = stack.enter_context(subprocess.Popen(on_host, env=env, stdout=out, stderr=error, text=True))
+            stack.callback(process.kill)
+            processes.append(process)
+        assert processes[0].stdout is not None
+        yield from map(json.loads, processes[0].stdout)
+        for rank, (process, error) in enumerate(zip(processes, errors, strict=True)):
+            if process.wait() != 0:
+                error.seek(0)
+                raise RuntimeError(f"worker {rank} failed: {error.read()[-2000:]}")
 
 
 def _ip(*arguments: str) -> None:

@@ -1,0 +1,139 @@
+"""The ways to average gradients that are compared, and one worker's training of a GPT by one of them."""
+
+import sys
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from itertools import count
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
+from torch.futures import Future
+from torch.nn.parallel import DistributedDataParallel
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+sys.path.insert(0, str(EXAMPLES))
+
+from gpt import GPT, SIZES  # noqa: E402
+from text_data import BYTES, TextDataModule, inputs_and_targets  # noqa: E402
+
+from lightning_stosign import StoSignSGD  # noqa: E402
+from lightning_stosign.strategies.exchange import BUCKET_CAP_MB, Aggregation, SignExchange, sign_hook  # noqa: E402
+from lightning_stosign.strategies.launch import ThreadLauncher  # noqa: E402
+from lightning_stosign.strategies.wire import Wire  # noqa: E402
+
+BASELINE = "DDP float32"
+CONTEXT = 128
+POWER_SGD_STARTS = 2  # steps that torch's hook wants before it compresses; they cost what the baseline's cost
+Size = Literal["1m", "10m"]
+
+
+def sign(aggregation: Aggregation, *, stochastic: bool) -> Callable[[DistributedDataParallel], None]:
+    """Return what puts the exchange of SignDDPStrategy, with its defaults, into a DDP model."""
+
+    def register(ddp: DistributedDataParallel) -> None:
+        params = dict(ddp.module.named_parameters())
+        exchange = SignExchange(
+            params,
+            {name for name, param in params.items() if param.ndim > 1},
+            Wire(dist.new_group()),
+            aggregation=aggregation,
+            stochastic=stochastic,
+            error_feedback=False,
+            warmup_steps=0,
+            seed=0,
+        )
+        ddp.register_comm_hook(exchange, sign_hook)
+
+    return register
+
+
+def power_sgd(rank: int) -> Callable[[DistributedDataParallel], None]:
+    """Return what puts torch's PowerSGD of a rank into a DDP model."""
+
+    def register(ddp: DistributedDataParallel) -> None:
+        # Its later collectives start as its earlier ones end, so that gloo mixes up those of two buckets: one by one.
+        launcher = ThreadLauncher()
+
+        def in_order(state: powerSGD_hook.PowerSGDState, bucket: dist.GradBucket) -> Future[Tensor]:
+            return launcher.submit(lambda: powerSGD_hook.powerSGD_hook(state, bucket).wait())
+
+        state = powerSGD_hook.PowerSGDState(None, rank, start_powerSGD_iter=POWER_SGD_STARTS)
+        ddp.register_comm_hook(state, in_order)
+
+    return register
+
+
+def bfloat16_hook(state: dist.ProcessGroup, bucket: dist.GradBucket) -> Future[Tensor]:
+    """Be torch's hook under another name: by its own, DDP refuses it without NCCL, though gloo can sum bfloat16."""
+    return default_hooks.bf16_compress_hook(state, bucket)
+
+
+METHODS: dict[str, Callable[[DistributedDataParallel], None]] = {
+    BASELINE: lambda ddp: None,
+    "float16 hook": lambda ddp: ddp.register_comm_hook(None, default_hooks.fp16_compress_hook),
+    "bfloat16 hook": lambda ddp: ddp.register_comm_hook(dist.group.WORLD, bfloat16_hook),
+    "PowerSGD rank 1": power_sgd(1),
+    "PowerSGD rank 4": power_sgd(4),
+    "sign mean": sign("mean", stochastic=True),
+    "sign majority": sign("majority", stochastic=True),
+    "sign majority, plain": sign("majority", stochastic=False),
+}
+
+
+class Run:
+    """One worker's training of a GPT by one method.
+
+    Args:
+        method: a name of :data:`METHODS`.
+        size: of the GPT.
+        batch_size: windows a worker and step.
+        context: tokens in a window.
+        lr: of StoSignSGD.
+    """
+
+    def __init__(self, method: str, size: Size, batch_size: int, context: int = CONTEXT, lr: float = 2e-3) -> None:
+        torch.manual_seed(0)
+        bucket_cap_mb = BUCKET_CAP_MB if method.startswith("sign") else None  # SignDDPStrategy's and DDP's default
+        self.model = DistributedDataParallel(GPT(BYTES, CONTEXT, *SIZES[size]), bucket_cap_mb=bucket_cap_mb)
+        METHODS[method](self.model)
+        self.optimizer = StoSignSGD(self.model.parameters(), lr=lr)
+        data = TextDataModule(context=context)
+        data.setup("fit")
+        self.windows, self.held_out = data.train_windows, data.val_windows
+        self.batch_size = batch_size
+        self.numbers = count(dist.get_rank(), dist.get_world_size())
+
+    def step(self, *, communicate: bool = True) -> float:
+        """Take a step and return the seconds it took."""
+        start = next(self.numbers) * self.batch_size
+        batch = inputs_and_targets(self.windows.__getitems__(list(range(start, start + self.batch_size))))
+        began = time.perf_counter()
+        with nullcontext() if communicate else self.model.no_sync():
+            self.loss(batch).backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return time.perf_counter() - began
+
+    def loss(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        tokens, targets = batch
+        return F.cross_entropy(self.model(tokens).flatten(0, 1), targets.flatten())
+
+    @torch.no_grad()
+    def validation_loss(self, windows: int) -> float:
+        tokens, targets = inputs_and_targets(self.held_out.__getitems__(list(range(windows))))
+        return F.cross_entropy(self.model.module(tokens).flatten(0, 1), targets.flatten()).item()
+
+    def replicas_are_identical(self) -> bool:
+        """Whether all workers have the same weights, bit for bit."""
+        bits = torch.cat([param.detach().view(torch.int32).flatten() for param in self.model.parameters()])
+        first = bits.clone()
+        dist.broadcast(first, 0)
+        same = torch.tensor(float(torch.equal(bits, first)))
+        dist.all_reduce(same, dist.ReduceOp.MIN)
+        return bool(same)

@@ -1,0 +1,179 @@
+"""communication.md and its figure, from whatever has been measured."""
+
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+import torch
+
+from links.store import Key, Store
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+PLOTTED_RATES = (10.0, 100.0)
+MARKS = (0.1, 0.25, 0.5, 1.0)  # of the time that the table of losses covers
+SIZES = {"1m": "0.8 M", "10m": "10.8 M"}
+
+
+class Report:
+    """What the store says, in words.
+
+    Args:
+        store: the measurements.
+        methods: in the order in which they are shown.
+        baseline: the method that the others are compared with; what is sent uncompressed takes as long as its steps.
+        uncompressed: how many of PowerSGD's first steps are uncompressed.
+    """
+
+    def __init__(self, store: Store, methods: Sequence[str], baseline: str, uncompressed: int) -> None:
+        self.store, self.methods, self.baseline, self.uncompressed = store, methods, baseline, uncompressed
+
+    def keys(self, measure: str) -> list[Key]:
+        return [key for key in self.store.found if key.measure == measure]
+
+    def traffic(self) -> str:
+        """Bytes a step by number of workers, and how many times less than the baseline's."""
+        columns = sorted({(key.size, key.workers) for key in self.keys("traffic")})
+        rows = []
+        for method in self.methods:
+            cells = []
+            for size, workers in columns:
+                key = Key("traffic", size, workers, None, method)
+                ours = self.store.value(key, "bytes_a_step")
+                baseline = self.store.value(key._replace(method=self.baseline), "bytes_a_step")
+                ratio = f" ({baseline / ours:.1f}x)" if ours and baseline else ""
+                cells.append(f"{ours / 1e3:,.0f} kB{ratio}" if ours else "-")
+            rows.append([method, *cells])
+        return table(["method", *(f"{SIZES[size]} values, {workers} workers" for size, workers in columns)], rows)
+
+    def steps(self) -> str:
+        """Seconds a step by the link's rate, and the seconds that communication adds."""
+        columns = sorted({(key.size, key.mbit or 0.0) for key in self.keys("steps")})
+        rows = []
+        for method in self.methods:
+            cells = []
+            for size, mbit in columns:
+                key = Key("steps", size, 2, mbit, method)
+                whole, exposed = (self.store.value(key, what) for what in ("seconds_a_step", "seconds_exposed"))
+                cells.append("-" if whole is None or exposed is None else f"{whole:.2f} s ({exposed:.2f} s)")
+            rows.append([method, *cells])
+        return table(["method", *(f"{SIZES[size]} values, {mbit:g} Mbit/s" for size, mbit in columns)], rows)
+
+    def by_time(self, size: str, mbit: float, method: str) -> list[tuple[float, float]]:
+        """Return (seconds, validation loss): the losses by step, and the steps placed on the clock."""
+        times = Key("steps", size, 2, mbit, method)
+        of_step = self.store.value(times, "seconds_a_step")
+        of_first = self.store.value(times._replace(method=self.baseline), "seconds_a_step")
+        if of_step is None or of_first is None:
+            return []
+        first = self.uncompressed if method.startswith("PowerSGD") else 0
+        losses = self.store.series(Key("loss", size, 2, None, method), "validation_loss")
+        return [(min(step, first) * of_first + max(step - first, 0) * of_step, loss) for step, loss in losses.items()]
+
+    def by_bytes(self, size: str, method: str) -> list[tuple[float, float]]:
+        """Return (megabytes sent by a worker, validation loss)."""
+        key = Key("loss", size, 2, None, method)
+        sent = self.store.series(key, "bytes_sent")
+        return [(sent[step] / 1e6, loss) for step, loss in self.store.series(key, "validation_loss").items()]
+
+    def losses(self, size: str, mbit: float) -> str:
+        """Validation loss as time passes at a rate."""
+        curves = {method: self.by_time(size, mbit, method) for method in self.methods}
+        curves = {method: curve for method, curve in curves.items() if curve}
+        if not curves:
+            return ""
+        end = min(curve[-1][0] for curve in curves.values())
+        rows = []
+        for method, curve in curves.items():
+            by_then = [[loss for seconds, loss in curve if seconds <= end * mark] for mark in MARKS]
+            rows.append([method, *(f"{losses[-1]:.3f}" if losses else "-" for losses in by_then)])
+        return table([f"at {mbit:g} Mbit/s", *(f"{end * mark:.0f} s" for mark in MARKS)], rows)
+
+    def quality(self) -> str:
+        """Validation loss after equally many steps, and whether the workers' weights are the same bits."""
+        rows = []
+        for key in self.keys("quality"):
+            series = self.store.series(key, "validation_loss")
+            same = "yes" if self.store.value(key, "replicas_identical") else "no"
+            rows.append([key.method, SIZES[key.size], key.workers, *(f"{v:.3f}" for v in series.values()), same])
+        steps = {step for key in self.keys("quality") for step in self.store.series(key, "validation_loss")}
+        after = " or ".join(str(step) for step in sorted(steps))
+        return table(["method", "values", "workers", f"loss after {after} steps", "replicas bit-identical"], rows)
+
+    def draw(self, size: str) -> plt.Figure:
+        """Loss by time at each rate, and by bytes."""
+        figure, axes = plt.subplots(1, len(PLOTTED_RATES) + 1, figsize=(15, 4.5), sharey=True)
+        for axis, mbit in zip(axes, PLOTTED_RATES, strict=False):
+            curves = {method: self.by_time(size, mbit, method) for method in self.methods}
+            _plot(axis, curves, f"seconds at {mbit:g} Mbit/s")
+        _plot(axes[-1], {method: self.by_bytes(size, method) for method in self.methods}, "MB sent by a worker")
+        axes[0].set_ylabel("validation loss, nats a byte")
+        axes[0].legend(fontsize=8)
+        figure.tight_layout()
+        return figure
+
+
+def _plot(axis: plt.Axes, curves: dict[str, list[tuple[float, float]]], label: str) -> None:
+    for method, curve in curves.items():
+        style = "-" if method.startswith("sign") else "--" if method.startswith("PowerSGD") else ":"
+        axis.plot([x for x, _ in curve], [loss for _, loss in curve], style, label=method, linewidth=1.5)
+    axis.set_xscale("log")
+    axis.set_xlabel(label)
+    axis.grid(alpha=0.3)
+
+
+def table(head: Sequence[object], rows: Sequence[Sequence[object]]) -> str:
+    """Return a Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+
+
+def write(store: Store, folder: Path, methods: Sequence[str], baseline: str, uncompressed: int) -> str:
+    """Write communication.md and, if losses were measured, communication.png.
+
+    Args:
+        store: the measurements.
+        folder: where to write to.
+        methods: in the order in which they are shown.
+        baseline: the method that the others are compared with.
+        uncompressed: how many of PowerSGD's first steps are uncompressed.
+
+    Returns:
+        The text.
+    """
+    report = Report(store, methods, baseline, uncompressed)
+    sections = [
+        "# What gradients cost on the wire",
+        "Written by `python benchmarks/communication.py report` from communication.csv: do not edit. Hosts are network"
+        " namespaces of one machine, each worker one thread"
+        f" ({platform.machine()}, torch {torch.__version__}, gloo). GPTs of `examples/gpt.py`, StoSignSGD at 2e-3.",
+    ]
+    if report.keys("traffic"):
+        sections += ["## Bytes a step that leave a worker's card, by the kernel's count", report.traffic()]
+    if report.keys("steps"):
+        sections += [
+            "## Time of a step, and what communication adds to it",
+            "Two hosts on 2 CPU cores, 4 x 128 tokens each. Steps with and without communication in turn; medians of"
+            " both and, in brackets, of their differences.",
+            report.steps(),
+        ]
+    for size in sorted({key.size for key in report.keys("loss")}):
+        sections += [
+            "## Validation loss by time",
+            "The losses by step are those of one run of each method (one seed, 2 workers, 4 x 128 tokens each, linear"
+            " warm-up of the learning rate over 10 steps, then constant); the clock is put together: steps times the"
+            f" time of a step from the table above, PowerSGD's first {uncompressed}, uncompressed, at {baseline}'s."
+            " The last look at the loss by then; - before the first.",
+            *filter(None, (report.losses(size, mbit) for mbit in PLOTTED_RATES)),
+            "![Validation loss by time and by bytes](communication.png)",
+        ]
+        figure = report.draw(size)
+        figure.savefig(folder / "communication.png", dpi=110)
+        plt.close(figure)
+    if report.keys("quality"):
+        sections += ["## Validation loss after equally many steps, whatever they take", report.quality()]
+    text = "\n\n".join(sections) + "\n"
+    (folder / "communication.md").write_text(text)
+    return text
