@@ -116,7 +116,8 @@ class SignStepSizeFinder(Callback):
     third of the best rate tried with momentum, but a twentieth of it without: there the steps swing to and fro across
     the steepest directions, and each swing counts as if its loss were never won back. So from the crossing on, the
     search goes on by factors of 2 to where the loss of the trials themselves is lowest at their end, 2 to 6 trials
-    more (``refine=False`` leaves that out).
+    more (``refine=False`` leaves that out): there 0.73 and 0.79 times the best rate of the grid, and 0.74 to 1.56 times
+    on logistic regression (``examples/parameter_free.py``).
 
     On mini-batches, the decrease of the loss is the difference on the *same* mini-batch between the parameters at the
     start and those of the trial's step, averaged over a tenth of the trial; both gradients of a difference come from
