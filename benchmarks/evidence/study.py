@@ -56,7 +56,7 @@ COMPARED_LONGER = (*COMPARED, "StoSignSGDv2")
 ATTEMPTS = (
     "StoSignSGD, m_1 = g_1",
     "StoSignSGD, beta1 = 0.95",
-    "StoSignSGD, beta2 = 0.999",
+    "StoSignSGD, beta2 = 0.95",
     "StoSignSGD, cosine to 0",
 )
 LARGER, LARGER_SHARE = "gpt-10m", 1 / 4  # of the steps, at half the learning rates

@@ -35,7 +35,10 @@ def assert_same_weights(a, b):
     [
         ("stosign", "fp8:stochastic_rounding=true,min_numel=0"),
         pytest.param("sign-adamw", "bfloat16:min_numel=0", marks=pytest.mark.slow),
-        pytest.param("alias", "float32", marks=pytest.mark.slow),
+        *(
+            pytest.param(name, "float32", marks=pytest.mark.slow)
+            for name in ("signsgd", "sign-adamax", "muon", "alias", "online-to-nonconvex")
+        ),
     ],
 )
 def test_replicas_stay_identical_with_dropout_and_different_data(tmp_path, optimizer, precision):

@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_stosign import StoSignConfig, StoSignMixin
+from lightning_stosign import OnlineToNonconvex, StoSignConfig, StoSignMixin
 
 STEPS, EVERY = 50, 20
 
@@ -40,6 +40,13 @@ class Net(StoSignMixin, LightningModule):
         self.losses.append(outputs["loss"].item())
 
 
+class OnlineNet(Net):
+    """With the one optimizer that the config does not build."""
+
+    def configure_optimizers(self):
+        return OnlineToNonconvex(self.parameters(), lr=1e-2, radius=1e-2, window=10, seed=7)
+
+
 class Die(Callback):
     """Ends the process as a power cut would, before Lightning can do anything about it."""
 
@@ -63,8 +70,10 @@ def main() -> None:
 
     torch.manual_seed(0)
     torch.set_num_threads(1)
-    config = StoSignConfig(args.optimizer, lr=1e-2, warmup_steps=5, state_precision=args.precision)
-    net = Net(config)
+    if args.optimizer == "online-to-nonconvex":
+        net: Net = OnlineNet(StoSignConfig())
+    else:
+        net = Net(StoSignConfig(args.optimizer, lr=1e-2, warmup_steps=5, state_precision=args.precision))
     # One epoch a batch, in order: what a checkpoint in the middle of an epoch does to data is not what is tested here.
     data = TensorDataset(torch.randn(8 * args.devices, 16), torch.randint(0, 4, (8 * args.devices,)))
     trainer = Trainer(
