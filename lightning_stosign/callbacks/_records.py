@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
+from tensorboard.compat.proto.summary_pb2 import HistogramProto, Summary
 
 from lightning_stosign.health.magnitudes import log10_bin_edges
 
@@ -26,44 +27,58 @@ def log_records(
         step: what the records are for.
     """
     metrics = {f"{prefix}/{tag}": value for tag, value in scalars.items()}
+    counts = {f"{prefix}/{tag}": numbers for tag, numbers in histograms.items()}
     for logger in loggers:
         if isinstance(logger, MLFlowLogger):
             # It has no ':', '=' and ',' in names, as in "fp8-raw:static_scale=1024".
             logger.log_metrics({re.sub(r"[^\w/. -]", "_", tag): value for tag, value in metrics.items()}, step=step)
         elif isinstance(logger, WandbLogger):
-            logger.log_metrics({**metrics, **_wandb_histograms(prefix, histograms)}, step=step)
+            logger.log_metrics({**metrics, **_wandb_histograms(counts)}, step=step)
+        elif isinstance(logger, TensorBoardLogger):
+            _write_event(logger, metrics, counts, step)
         else:
             logger.log_metrics(metrics, step=step)
-        if isinstance(logger, TensorBoardLogger):
-            for tag, counts in histograms.items():
-                _add_histogram(logger, f"{prefix}/{tag}", counts, step)
 
 
-def _wandb_histograms(prefix: str, histograms: Mapping[str, Sequence[float]]) -> dict[str, float]:
+def _wandb_histograms(histograms: Mapping[str, Sequence[float]]) -> dict[str, float]:
     import wandb
 
     edges = log10_bin_edges().numpy()
-    return {
-        f"{prefix}/{tag}": wandb.Histogram(np_histogram=(np.asarray(counts), edges))
-        for tag, counts in histograms.items()
-    }
+    return {tag: wandb.Histogram(np_histogram=(np.asarray(counts), edges)) for tag, counts in histograms.items()}
 
 
-def _add_histogram(logger: TensorBoardLogger, tag: str, counts: Sequence[float], step: int) -> None:
-    """Write counts of log10 magnitudes; an empty histogram (all entries are 0) is one empty bin."""
+def _write_event(
+    logger: TensorBoardLogger, metrics: Mapping[str, float], histograms: Mapping[str, Sequence[float]], step: int
+) -> None:
+    """Write all as one event: thousands, one a tag, would wait for the thread that writes them to the file."""
+    if type(logger).log_metrics is not TensorBoardLogger.log_metrics:  # a subclass has its own way with metrics
+        logger.log_metrics(metrics, step=step)
+        metrics = {}
+    values = [Summary.Value(tag=_with_prefix(logger, tag), simple_value=value) for tag, value in metrics.items()]
     edges = log10_bin_edges().tolist()
+    values += [
+        Summary.Value(tag=_with_prefix(logger, tag), histo=_histogram(counts, edges))
+        for tag, counts in histograms.items()
+    ]
+    logger.experiment._get_file_writer().add_summary(Summary(value=values), step)
+
+
+def _with_prefix(logger: TensorBoardLogger, tag: str) -> str:
+    return f"{logger._prefix}{logger.LOGGER_JOIN_CHAR}{tag}" if logger._prefix else tag
+
+
+def _histogram(counts: Sequence[float], edges: Sequence[float]) -> HistogramProto:
+    """Return counts of log10 magnitudes as a histogram; an empty one (all entries are 0) has one empty bin."""
     filled = [i for i, count in enumerate(counts) if count > 0] or [0]
     first, last = filled[0], filled[-1] + 1
     used = counts[first:last]
     middles = [(low + high) / 2 for low, high in zip(edges[first:last], edges[first + 1 : last + 1], strict=True)]
-    logger.experiment.add_histogram_raw(
-        tag,
+    return HistogramProto(
         min=edges[first],
         max=edges[last],
         num=sum(used),
         sum=sum(count * middle for count, middle in zip(used, middles, strict=True)),
         sum_squares=sum(count * middle**2 for count, middle in zip(used, middles, strict=True)),
-        bucket_limits=edges[first + 1 : last + 1],
-        bucket_counts=used,
-        global_step=step,
+        bucket_limit=edges[first + 1 : last + 1],
+        bucket=used,
     )

@@ -1,14 +1,23 @@
 """Forecasts: what a storage format would do to a state's values, while they are still in float32."""
 
-from collections.abc import Callable, Generator, Iterator, Sequence
-from typing import NamedTuple
+import math
+from collections.abc import Callable, Generator, Sequence
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup, ReduceOp, all_reduce
 
+from lightning_stosign.health.rounding import Rounding, Store, runs_between_blocks
 from lightning_stosign.health.sharding import Layout
-from lightning_stosign.health.statistics import PART_SIZE, abs_max, count, sum_dtype
+from lightning_stosign.health.statistics import (
+    StateStatistics,
+    abs_max,
+    add_up,
+    ones_where,
+    state_statistics,
+    sum_dtype,
+)
 from lightning_stosign.optim.emulation import as_stored
 from lightning_stosign.optim.state_precision import StatePrecision
 
@@ -73,8 +82,9 @@ def stored_values(value: Tensor, format: Format, degree: int = 1) -> Tensor:
         >>> stored_values(torch.tensor([1.0, 0.3, 1e-4]), "fp8-raw:min_numel=0")
         tensor([1.0000, 0.3125, 0.0000])
     """
-    rounding = _Rounding(Layout(value.numel()), format, degree)
-    return rounding.round(value) if rounding.applies and value.numel() > 0 else value.float()
+    precision = StatePrecision.parse(format)
+    applies = precision.applies_to(value) and value.numel() > 0
+    return as_stored(value, precision, degree) if applies else value.float()
 
 
 def underflow_fraction(value: Tensor, format: Format, degree: int = 1) -> Share:
@@ -117,78 +127,168 @@ def stalled_fraction(value: Tensor, change: Tensor, format: Format, degree: int 
     return forecast.stalled
 
 
-# A scale depends on the largest magnitude of a whole tensor or block, of which a rank may have only a part. A forecast
-# therefore is a generator: it yields the largest magnitudes it has seen itself, and is sent those of all ranks.
-ForecastRounds = Generator[Tensor, Tensor, Forecast]
+# A scale depends on the largest magnitude of a whole tensor or block, of which a rank may have only a part. Forecasts
+# therefore are generators: they yield the largest magnitudes they have seen, and are sent those of all ranks.
+Result = TypeVar("Result")
+Rounds = Generator[Tensor, Tensor, Result]
 Change = Callable[[slice], Tensor]
 
 
 def forecast_rounds(
     value: Tensor, layout: Layout, format: Format, degree: int = 1, change: Change | None = None
-) -> ForecastRounds:
-    """Forecast what a format would do to a state of which this rank has a part.
+) -> Rounds[Forecast]:
+    """Forecast what one format would do to a state; the rest as of :func:`forecasts_rounds`."""
+    (forecast,) = yield from forecasts_rounds(value, layout, [format], degree, change)
+    return forecast
+
+
+def forecasts_rounds(
+    value: Tensor,
+    layout: Layout,
+    formats: Sequence[Format],
+    degree: int = 1,
+    change: Change | None = None,
+    known: StateStatistics | None = None,
+) -> Rounds[list[Forecast]]:
+    """Forecast what formats would do to a state of which this rank has a part.
 
     Args:
-        value: float32, flat: the values on this rank.
+        value: float32 or wider, flat: the values on this rank.
         layout: where they lie.
-        format: as in :func:`check_format`.
+        formats: as in :func:`check_format`.
         degree: as in :func:`stored_values`.
         change: what the next step adds to a slice of ``value``. None: do not look for stalls.
+        known: the statistics of ``value``, where the caller has them.
 
     Yields:
         Largest magnitudes, float32, of the same length on all ranks. Send their maximum over the ranks.
 
     Returns:
-        The forecast for the values on this rank; counts over ranks add up.
+        A forecast a format for the values on this rank; counts over ranks add up.
     """
-    rounding = _Rounding(layout, format, degree)
-    size = value.numel()
-    maxima = yield from rounding.maxima(value, size, lambda part: value[part])
-    next_maxima = None
+    value = value.detach()
+    known = state_statistics(value) if known is None else known
+    looks = [_Look(value, Rounding(layout, StatePrecision.parse(format), degree)) for format in formats]
+    runs = list(runs_between_blocks(value, layout, math.lcm(*(look.rounding.block for look in looks))))
+
+    answers = yield from _over_ranks([look.maxima(known.abs_max) for look in looks])
+    for look, answer in zip(looks, answers, strict=True):
+        look.store = look.rounding.store(answer)
     if change is not None:
-        known_change = change
+        scaled = [look for look in looks if look.rounding.has_tensor_scale]
+        for run in runs if scaled else ():
+            added = change(run)
+            for look in scaled:
+                look.add_after(run, added)
+        answers = yield from _over_ranks([look.maxima_after(change) for look in looks])
+        for look, answer in zip(looks, answers, strict=True):
+            look.next_store = look.rounding.store(answer)
 
-        def after(part: slice) -> Tensor:
-            return rounding.stored(value[part], part, maxima) + known_change(part)
-
-        next_maxima = yield from rounding.maxima(value, size, after)
-
-    zero = value.new_zeros((), dtype=sum_dtype(value))
-    counts = [(zero,) * 4]
-    for part in rounding.parts(value):
-        before = value[part]
-        stored = rounding.stored(before, part, maxima)
-        stalled, changing = zero, zero
+    changing = [value.new_zeros(())]
+    for run in runs:
+        added = changes = None
         if change is not None:
-            added = change(part)
-            changes = added != 0
-            again = rounding.stored(stored + added, part, next_maxima)
-            stalled, changing = count((again == stored) & changes), count(changes)
-        counts.append((count(before), count(stored), stalled, changing))
-    nonzero, kept, stalled, changing = (torch.stack(column).sum() for column in zip(*counts, strict=True))
-    return Forecast(Share(nonzero - kept, nonzero), Share(stalled, changing) if change is not None else None)
+            added = change(run)
+            changes = ones_where(torch.ne, added, 0)
+            changing.append(add_up(changes))
+        for look in looks:
+            look.count(run, added, changes)
+    nonzero = value.numel() - known.zeros
+    return [look.forecast(nonzero, None if change is None else _total(changing)) for look in looks]
 
 
-def run_rounds(forecasts: Sequence[ForecastRounds], group: ProcessGroup | None = None) -> list[Forecast]:
+def _over_ranks(own: Sequence[list[Tensor]]) -> Rounds[Sequence[Tensor]]:
+    """Ask for the maxima over the ranks, if there are any."""
+    numbers = [number for maxima in own for number in maxima]
+    together = (yield torch.stack(numbers).float()) if numbers else torch.zeros(0)
+    return together.split([len(maxima) for maxima in own])
+
+
+class _Look:
+    """What one format does to a state, found in one run of its values after the other.
+
+    Args:
+        value: the values on this rank, flat.
+        rounding: of the format.
+    """
+
+    store: Store
+    next_store: Store
+
+    def __init__(self, value: Tensor, rounding: Rounding) -> None:
+        self.rounding = rounding
+        self._value = value
+        zero = value.new_zeros(())
+        self._after, self._kept, self._stalled = [zero], [zero], [zero]
+
+    def maxima(self, largest: Tensor) -> list[Tensor]:
+        """Return the largest magnitudes that :meth:`Rounding.store` is to know.
+
+        Args:
+            largest: that of all values on this rank.
+        """
+        cut_blocks = self.rounding.cut_blocks(self._value.numel())
+        return [largest] * self.rounding.has_tensor_scale + [abs_max(self._value[block]) for block in cut_blocks]
+
+    def add_after(self, run: slice, added: Tensor) -> None:
+        """Look at values as stored and changed, for the largest of them."""
+        self._after.append((self.store(self._value[run], run) + added).abs_().amax())
+
+    def maxima_after(self, change: Change) -> list[Tensor]:
+        """Return what :meth:`maxima` returns, of the values as stored and changed."""
+        cut_blocks = self.rounding.cut_blocks(self._value.numel())
+        of_blocks = [abs_max(self.store(self._value[block], block) + change(block)) for block in cut_blocks]
+        return [torch.stack(self._after).amax()] * self.rounding.has_tensor_scale + of_blocks
+
+    def count(self, run: slice, added: Tensor | None, changes: Tensor | None) -> None:
+        """Count what is stored as something else than 0, and what is stored again as it was.
+
+        Args:
+            run: where to look.
+            added: the change, if there is to be one.
+            changes: 1 where it is not 0.
+        """
+        stored = self.store(self._value[run], run)
+        self._kept.append(add_up(ones_where(torch.ne, stored, 0)))
+        if added is not None and changes is not None:
+            again = self.next_store(stored + added, run)
+            self._stalled.append(add_up(again.eq_(stored).mul_(changes)))
+
+    def forecast(self, nonzero: Tensor, changing: Tensor | None) -> Forecast:
+        """Return the shares of what was counted.
+
+        Args:
+            nonzero: how many values are not 0.
+            changing: how many should change.
+        """
+        underflow = Share(nonzero - _total(self._kept), nonzero)
+        return Forecast(underflow, None if changing is None else Share(_total(self._stalled), changing))
+
+
+def _total(counts: Sequence[Tensor]) -> Tensor:
+    return torch.stack(list(counts)).sum(dtype=sum_dtype(counts[0]))
+
+
+def run_rounds(rounds: Sequence[Rounds[Result]], group: ProcessGroup | None = None) -> list[Result]:
     """Run forecasts side by side, with one collective for each of their at most two rounds.
 
     Args:
-        forecasts: of :func:`forecast_rounds`, the same on all ranks.
+        rounds: of :func:`forecasts_rounds`, the same on all ranks.
         group: the ranks to take the largest magnitudes over; None for this rank alone.
 
     Returns:
         Their results, in order.
     """
-    results: dict[int, Forecast] = {}
+    results: dict[int, Result] = {}
     waiting: dict[int, Tensor] = {}
 
     def advance(index: int, answer: Tensor | None) -> None:
         try:
-            waiting[index] = next(forecasts[index]) if answer is None else forecasts[index].send(answer)
+            waiting[index] = next(rounds[index]) if answer is None else rounds[index].send(answer)
         except StopIteration as stop:
             results[index] = stop.value
 
-    for index in range(len(forecasts)):
+    for index in range(len(rounds)):
         advance(index, None)
     while waiting:
         order, asked = list(waiting), list(waiting.values())
@@ -199,75 +299,4 @@ def run_rounds(forecasts: Sequence[ForecastRounds], group: ProcessGroup | None =
             asked = list(together.split([maxima.numel() for maxima in asked]))
         for index, maxima in zip(order, asked, strict=True):
             advance(index, maxima)
-    return [results[index] for index in range(len(forecasts))]
-
-
-class _Rounding:
-    """Rounds any run of a state's values as the format would round them within the whole state.
-
-    Args:
-        layout: where this rank's values lie.
-        format: the format.
-        degree: of the state.
-    """
-
-    def __init__(self, layout: Layout, format: Format, degree: int) -> None:
-        self._layout = layout
-        precision = StatePrecision.parse(format)
-        self._block = precision.block_size if precision.scaling == "block" else 1
-        self._has_tensor_scale = precision.has_tensor_scale
-        self.round: Callable[[Tensor], Tensor] = lambda value: as_stored(value, precision, degree)
-        self.applies = layout.numel >= precision.min_numel
-        self._cuts = [cut for cut in layout.cuts if cut % self._block]
-
-    def parts(self, value: Tensor) -> Iterator[slice]:
-        """Cut this rank's values into runs that end where blocks end, or at the end."""
-        size, start = value.numel(), self._layout.start
-        wanted = PART_SIZE if value.device.type == "cpu" else size
-        length = max(wanted // self._block, 1) * self._block
-        begin = 0
-        while begin < size:
-            end = min(begin + length - (start + begin) % self._block, size)
-            yield slice(begin, end)
-            begin = end
-
-    def maxima(self, value: Tensor, size: int, values_of: Callable[[slice], Tensor]) -> "_Maxima":
-        """Ask for the largest magnitude of the state, and of each block that is cut; None if there is no such need."""
-        if not self.applies or not (self._has_tensor_scale or self._cuts):
-            return None
-        start, block = self._layout.start, self._block
-        own = [value.new_zeros((), dtype=sum_dtype(value))]
-        if self._has_tensor_scale:
-            own += [abs_max(values_of(part)) for part in self.parts(value)]
-        largest = [torch.stack(own).amax()]
-        for cut in self._cuts:
-            first = cut // block * block
-            begin, end = max(first - start, 0), min(first + block - start, size)
-            largest.append(abs_max(values_of(slice(begin, end))) if begin < end else own[0])
-        answer = yield torch.stack(largest).float()
-        return answer
-
-    def stored(self, values: Tensor, part: slice, maxima: Tensor | None) -> Tensor:
-        """Return values as stored: a run that begins and ends where blocks or this rank's values do."""
-        if not self.applies:
-            return values
-        if maxima is None:
-            return self.round(values)
-        # Values that stand for what the run does not have: a block with the state's largest, the rest of cut blocks.
-        begin = self._layout.start + part.start
-        end = begin + values.numel()
-        before = [self._standing_for(maxima[0], self._block)] if self._has_tensor_scale else []
-        if begin % self._block:
-            before.append(self._standing_for(maxima[1 + self._cuts.index(begin)], begin % self._block))
-        after = []
-        if end % self._block and end != self._layout.numel:
-            after.append(self._standing_for(maxima[1 + self._cuts.index(end)], -end % self._block))
-        skipped = sum(filler.numel() for filler in before)
-        return self.round(torch.cat([*before, values.float(), *after]))[skipped : skipped + values.numel()]
-
-    @staticmethod
-    def _standing_for(largest: Tensor, size: int) -> Tensor:
-        return torch.nn.functional.pad(largest.reshape(1), (0, size - 1))
-
-
-_Maxima = Generator[Tensor, Tensor, Tensor | None]
+    return [results[index] for index in range(len(rounds))]

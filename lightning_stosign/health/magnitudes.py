@@ -7,11 +7,12 @@ quantiles, of one layer or of many, follow from the counts.
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from lightning_stosign.health.statistics import in_parts
+from lightning_stosign.health.statistics import count, in_parts
 
 MAGNITUDE_BINS = 0x7F80  # the patterns below infinity's
 
@@ -19,11 +20,12 @@ MAGNITUDE_BINS = 0x7F80  # the patterns below infinity's
 _FIRST_EDGE, _LAST_EDGE = -39.75, 38.75
 
 
-def magnitude_counts(value: Tensor) -> Tensor:
+def magnitude_counts(value: Tensor, zeros: Tensor | None = None) -> Tensor:
     """Count the nonzero finite magnitudes by the upper 16 bits of their float32 patterns.
 
     Args:
         value: float32 or wider, any shape.
+        zeros: how many entries are 0, if that is known; 0-dimensional.
 
     Returns:
         int64, ``[MAGNITUDE_BINS]``: entry ``i`` counts the magnitudes from ``magnitude_of_bin(i)`` up to the next.
@@ -34,13 +36,14 @@ def magnitude_counts(value: Tensor) -> Tensor:
         ([16256, 16448], 2)
     """
     counts = torch.zeros(1 << 15, dtype=torch.int64, device=value.device)
-    zeros = torch.zeros((), dtype=torch.int64, device=value.device)
+    one = counts.new_ones(())
+    if zeros is None:
+        zeros = value.numel() - count(value)
     for (part,) in in_parts(value):
         bits = part.float().view(torch.int32)
-        pattern = bits.bitwise_and(0x7FFFFFFF).bitwise_right_shift_(16).long()
-        counts.scatter_add_(0, pattern, counts.new_ones(()).expand_as(pattern))
-        zeros += part.numel() - torch.count_nonzero(part)
-    counts[0] -= zeros
+        pattern = bits.bitwise_and(0x7FFFFFFF).bitwise_right_shift_(16)
+        counts.index_add_(0, pattern, one.expand_as(pattern))
+    counts[0] -= zeros.long()
     return counts[:MAGNITUDE_BINS]
 
 
@@ -100,7 +103,8 @@ def log10_histogram(value: Tensor) -> Tensor:
 def histogram_of(counts: Tensor) -> Tensor:
     """Return the histogram of :func:`log10_histogram` from :func:`magnitude_counts`."""
     cumulative = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
-    return cumulative[_edge_bins().to(counts.device)].diff()
+    at_edges = cumulative.index_select(0, _edge_bins(counts.device))
+    return at_edges[1:] - at_edges[:-1]
 
 
 def log10_bin_edges() -> Tensor:
@@ -109,13 +113,14 @@ def log10_bin_edges() -> Tensor:
     They are a quarter of a decade apart, each rounded down to a number that bfloat16 has, from 10**-39.75 on; the first
     bin holds all that is smaller.
     """
-    edges = magnitude_of_bin(_edge_bins()).double().log10()
+    edges = magnitude_of_bin(_edge_bins(torch.device("cpu"))).double().log10()
     edges[-1] = math.log10(torch.finfo(torch.float32).max)
     return edges
 
 
-def _edge_bins() -> Tensor:
+@lru_cache(maxsize=8)
+def _edge_bins(device: torch.device) -> Tensor:
     """Return the magnitude bins at which the histogram's bins begin, and the end of the last."""
     decades = torch.arange(_FIRST_EDGE, _LAST_EDGE, 0.25, dtype=torch.float64)
     bins = (10.0**decades).float().view(torch.int32).bitwise_right_shift(16).long()
-    return torch.cat([bins.new_tensor([0]), bins, bins.new_tensor([MAGNITUDE_BINS])])
+    return torch.cat([bins.new_tensor([0]), bins, bins.new_tensor([MAGNITUDE_BINS])]).to(device)

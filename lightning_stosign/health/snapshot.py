@@ -3,6 +3,7 @@
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -10,15 +11,17 @@ from torch import Tensor
 from torch.distributed import ProcessGroup, ReduceOp, all_reduce
 from torch.optim import Optimizer
 
-from lightning_stosign.health.forecast import Forecast, forecast_rounds, run_rounds
+from lightning_stosign.health.forecast import Forecast, Rounds, forecasts_rounds, run_rounds
 from lightning_stosign.health.magnitudes import histogram_of, log10_quantiles, magnitude_counts
 from lightning_stosign.health.readers import Moments
 from lightning_stosign.health.sharding import Layout, localize
 from lightning_stosign.health.statistics import (
     abs_max,
+    add_up,
     coordinate_health,
     in_parts,
     noise_intensity,
+    ones_where,
     state_statistics,
     sum_dtype,
 )
@@ -66,8 +69,8 @@ class Snapshot:
         self._quantiles = tuple(quantiles)
         self._tallies: dict[str, dict[str, Tally]] = defaultdict(dict)
         self._counts: dict[str, dict[str, _Counts]] = defaultdict(dict)
-        # Forecasts of sharded states wait for records(): (tags' end, layer, layout, forecast rounds).
-        self._waiting: list[tuple[str, str, Layout, Any]] = []
+        # Forecasts of sharded states wait for records(): (state, layer, layout, their rounds).
+        self._waiting: list[tuple[str, str, Layout, Rounds[list[Forecast]]]] = []
 
     def add_gradient(self, layer: str, grad: Tensor, scale: Tensor | None = None) -> None:
         """Add a gradient as it is before clipping: ``grad_abs_max``, ``grad_square_max``.
@@ -99,16 +102,17 @@ class Snapshot:
             self._add(f"zero_fraction/{name}", layer, Tally("mean", statistics.zeros, size, layout.group))
             self._add(f"abs_max/{name}", layer, Tally("max", statistics.abs_max, group=layout.group))
             self._add(f"rms/{name}", layer, Tally("rms", statistics.square_sum, size, layout.group))
-            for label in self._forecast:
-                rounds = forecast_rounds(
-                    value.reshape(-1), layout, label, state_degree(name), moments.changes.get(name)
+            if self._forecast:
+                change = moments.changes.get(name)
+                rounds = forecasts_rounds(
+                    value.reshape(-1), layout, self._forecast, state_degree(name), change, statistics
                 )
                 if layout.group is None:
-                    self._add_forecast(f"{name}/{label}", layer, layout, run_rounds([rounds])[0])
+                    self._add_forecasts(name, layer, layout, run_rounds([rounds])[0])
                 else:
-                    self._waiting.append((f"{name}/{label}", layer, layout, rounds))
+                    self._waiting.append((name, layer, layout, rounds))
             if self._with_histograms or self._quantiles:
-                self._counts[name][layer] = _Counts(magnitude_counts(value), layout.group)
+                self._counts[name][layer] = _Counts(magnitude_counts(value, statistics.zeros), layout.group)
         self._add_coordinates(layer, moments)
 
     def _add_coordinates(self, layer: str, moments: Moments) -> None:
@@ -140,26 +144,27 @@ class Snapshot:
         if isinstance(lr, Tensor):
             lr = lr.reshape(())  # of shape [1] it could not divide a 0-dimensional parameter's step
         (before, layout), (after, _) = localize(before), localize(after)
-        zero = after.new_zeros((), dtype=sum_dtype(after))
-        squares, moved = [zero], [zero]
         dtype = torch.promote_types(after.dtype, torch.float32)
+        squares, moved = [after.new_zeros((), dtype=sum_dtype(after))], [after.new_zeros((), dtype=dtype)]
         for old, new in in_parts(before, after):
             old = old.to(dtype)
             step = new.to(dtype) - old
-            moved.append(torch.count_nonzero(step).to(zero.dtype))
+            moved.append(add_up(ones_where(torch.ne, step, 0)))
             if isinstance(weight_decay, Tensor) or weight_decay != 0:
                 step += old * (lr * weight_decay)
-            squares.append(torch.linalg.vector_norm(step, dtype=zero.dtype).square())
+            squares.append(torch.linalg.vector_norm(step, dtype=sum_dtype(step)).square())
         total = torch.stack(squares).sum() / lr**2 * (torch.stack(moved).sum() > 0)
         self._add("update_rms", layer, Tally("rms", total, float(layout.numel), layout.group))
 
     def _add(self, tag: str, layer: str, tally: Tally) -> None:
         self._tallies[tag][layer] = tally
 
-    def _add_forecast(self, end: str, layer: str, layout: Layout, forecast: Forecast) -> None:
-        for kind, share in (("underflow", forecast.underflow), ("stalled", forecast.stalled)):
-            if share is not None:
-                self._add(f"{kind}_fraction/{end}", layer, Tally("mean", share.part, share.whole, layout.group))
+    def _add_forecasts(self, state: str, layer: str, layout: Layout, forecasts: Sequence[Forecast]) -> None:
+        for format, forecast in zip(self._forecast, forecasts, strict=True):
+            for kind, share in (("underflow", forecast.underflow), ("stalled", forecast.stalled)):
+                if share is not None:
+                    tally = Tally("mean", share.part, share.whole, layout.group)
+                    self._add(f"{kind}_fraction/{state}/{format}", layer, tally)
 
     def records(self, per_layer: bool, depth: int | None = None) -> tuple[dict[str, float], dict[str, list[float]]]:
         """Combine the ranks, transfer everything and return scalars and histograms by tag.
@@ -233,8 +238,8 @@ class Snapshot:
         for group in groups.values():
             waiting = [entry for entry in self._waiting if entry[2].group is group]
             forecasts = run_rounds([rounds for *_, rounds in waiting], group)
-            for (end, layer, layout, _), forecast in zip(waiting, forecasts, strict=True):
-                self._add_forecast(end, layer, layout, forecast)
+            for (state, layer, layout, _), found in zip(waiting, forecasts, strict=True):
+                self._add_forecasts(state, layer, layout, found)
             self._add_over(group)
         self._waiting.clear()
 
@@ -305,4 +310,5 @@ def _transfer(tensors: list[Tensor]) -> Iterator[list[float]]:
         return iter(())
     device = tensors[0].device
     flat = torch.cat([tensor.to(device=device, dtype=tensors[0].dtype).reshape(-1) for tensor in tensors])
-    return iter([part.tolist() for part in flat.cpu().split([tensor.numel() for tensor in tensors])])
+    numbers = iter(flat.cpu().tolist())
+    return (list(islice(numbers, tensor.numel())) for tensor in tensors)

@@ -5,9 +5,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from fits import Regression, fit, scalars, trainer
-from lightning.pytorch.loggers import CSVLogger, MLFlowLogger, WandbLogger
+from fits import Regression, fit, histograms, scalars, trainer
+from lightning.pytorch.loggers import CSVLogger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
+from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 from torch import nn
 
 from lightning_stosign import OptimizerStateMonitor
@@ -112,6 +113,37 @@ def test_wandb_gets_histograms():
     assert sum(histogram.histogram) == 3
     assert len(histogram.bins) == len(counts) + 1
     assert list(logger.metrics.values()) == [0.5]
+
+
+HISTOGRAMS = {"log10_abs/exp_avg": log10_histogram(torch.tensor([1.0, 1.0, 1e-3])).tolist()}
+
+
+def test_tensorboard_gets_a_step_s_records_in_one_event(tmp_path):
+    logger = TensorBoardLogger(tmp_path, name="", version="", prefix="run")
+    log_records([logger], "optimizer_state", {**SCALARS, "update_rms": 2.0}, HISTOGRAMS, 3)
+    logger.save()
+    logger.finalize("success")
+    (file,) = tmp_path.glob("events.*")
+    with_values = [event for event in EventFileLoader(str(file)).Load() if event.HasField("summary")]
+    assert [(event.step, len(event.summary.value)) for event in with_values] == [(3, 3)]
+    assert {tag: by_step[3] for tag, by_step in scalars(tmp_path).items()} == {
+        f"run-optimizer_state/{tag}": value for tag, value in {**SCALARS, "update_rms": 2.0}.items()
+    }
+    assert histograms(tmp_path)["run-optimizer_state/log10_abs/exp_avg"][3].num == 3
+
+
+class KeptByTensorBoard(Kept, TensorBoardLogger):
+    def __init__(self, folder):
+        TensorBoardLogger.__init__(self, folder, name="", version="")
+        self.metrics = {}
+
+
+def test_a_tensorboard_logger_with_a_way_of_its_own_gets_the_scalars(tmp_path):
+    logger = KeptByTensorBoard(tmp_path)
+    log_records([logger], "optimizer_state", SCALARS, HISTOGRAMS, 3)
+    logger.finalize("success")
+    assert list(logger.metrics.values()) == [0.5]
+    assert (set(scalars(tmp_path)), set(histograms(tmp_path))) == (set(), {"optimizer_state/log10_abs/exp_avg"})
 
 
 @pytest.mark.parametrize("strategy", [FSDPStrategy, DeepSpeedStrategy])

@@ -11,7 +11,7 @@ from hypothesis.extra import numpy as hnp
 
 from lightning_stosign import emulate_state_precision
 from lightning_stosign.health import check_format, nominal_change, stalled_fraction, stored_values, underflow_fraction
-from lightning_stosign.health.forecast import forecast_rounds
+from lightning_stosign.health.forecast import forecast_rounds, forecasts_rounds, run_rounds
 from lightning_stosign.health.sharding import Layout
 from lightning_stosign.health.statistics import PART_SIZE
 from lightning_stosign.optim.state_precision import StatePrecision
@@ -157,6 +157,28 @@ def test_a_second_moment_with_beta2_0_999_stalls_in_fp8_and_one_with_0_9_does_no
     ]
     assert shares[0] == 1.0
     assert shares[1] < 0.1
+
+
+@pytest.mark.parametrize("with_change", [False, True])
+def test_formats_looked_at_together_are_forecast_as_each_alone(with_change):
+    values = states_like_adam_s(PART_SIZE + 1000)
+    change = (lambda part: 0.1 * values.roll(1)[part]) if with_change else None
+    names, layout = [small(name) for name in FORMATS], Layout(values.numel())
+    together = run_rounds([forecasts_rounds(values, layout, names, 1, change)])[0]
+    assert together == run_rounds([forecast_rounds(values, layout, name, 1, change) for name in names])
+
+
+def test_nan_stalls_nothing_and_what_does_not_change_does_not_stall():
+    values, change = torch.tensor([float("nan"), 1.0, 1.0]), torch.tensor([0.0, 0.0, 1e-4])
+    for name in FORMATS[:5]:
+        lost, changing = stalled_fraction(values[1:], change[1:], small(name))
+        assert (lost.item(), changing.item()) == (float(name != "float32"), 1)
+        assert stalled_fraction(values[:1], change[:1], small(name)).part.item() == 0
+
+
+def test_states_that_ask_for_gradients_are_forecast():
+    values = torch.tensor([1.0, 1e-6]).requires_grad_()
+    assert underflow_fraction(values, small("fp8-raw")).part.item() == 1
 
 
 # ---- shards ----------------------------------------------------------------------------------------------------------

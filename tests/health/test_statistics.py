@@ -101,6 +101,19 @@ def test_noise_intensity_sums_variance_and_agreement_over_the_moving(magnitudes)
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_states_of_any_dtype_are_counted_exactly(dtype):
+    # bfloat16 has neither 1,001 nor 3,003, and float16 not the latter.
+    values = torch.cat([torch.ones(3003), torch.zeros(1001)]).to(dtype)
+    found, health = state_statistics(values), coordinate_health(values.roll(1), values)
+    assert (found.zeros.item(), found.square_sum.item()) == (1001, 3003)
+    assert (health.dead.item(), health.exploding.item()) == (1000, 1)
+
+
+def test_parameters_that_ask_for_gradients_have_statistics():
+    assert state_statistics(torch.nn.Parameter(torch.tensor([0.0, 2.0]))).square_sum.item() == 4
+
+
 @pytest.mark.slow
 def test_zeros_are_counted_beyond_what_float32_counts():
     assert state_statistics(torch.zeros((1 << 24) + 5)).zeros.item() == (1 << 24) + 5
