@@ -186,13 +186,13 @@ def forecasts_rounds(
 
     changing = [value.new_zeros(())]
     for run in runs:
-        added = changes = None
+        stored = [look.count_kept(run) for look in looks]
         if change is not None:
             added = change(run)
             changes = ones_where(torch.ne, added, 0)
             changing.append(add_up(changes))
-        for look in looks:
-            look.count(run, added, changes)
+            for look, kept in zip(looks, stored, strict=True):
+                look.count_stalled(run, kept, added, changes)
     nonzero = value.numel() - known.zeros
     return [look.forecast(nonzero, None if change is None else _total(changing)) for look in looks]
 
@@ -240,19 +240,23 @@ class _Look:
         of_blocks = [abs_max(self.store(self._value[block], block) + change(block)) for block in cut_blocks]
         return [torch.stack(self._after).amax()] * self.rounding.has_tensor_scale + of_blocks
 
-    def count(self, run: slice, added: Tensor | None, changes: Tensor | None) -> None:
-        """Count what is stored as something else than 0, and what is stored again as it was.
+    def count_kept(self, run: slice) -> Tensor:
+        """Count what is stored as something else than 0; returns the run as stored."""
+        stored = self.store(self._value[run], run)
+        self._kept.append(add_up(ones_where(torch.ne, stored, 0)))
+        return stored
+
+    def count_stalled(self, run: slice, stored: Tensor, added: Tensor, changes: Tensor) -> None:
+        """Count what is stored again as it was.
 
         Args:
             run: where to look.
-            added: the change, if there is to be one.
-            changes: 1 where it is not 0.
+            stored: the run as stored.
+            added: its change.
+            changes: 1 where that is not 0, and 0 elsewhere.
         """
-        stored = self.store(self._value[run], run)
-        self._kept.append(add_up(ones_where(torch.ne, stored, 0)))
-        if added is not None and changes is not None:
-            again = self.next_store(stored + added, run)
-            self._stalled.append(add_up(again.eq_(stored).mul_(changes)))
+        again = self.next_store(stored + added, run)
+        self._stalled.append(add_up(again.eq_(stored).mul_(changes)))
 
     def forecast(self, nonzero: Tensor, changing: Tensor | None) -> Forecast:
         """Return the shares of what was counted.
