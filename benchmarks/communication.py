@@ -23,7 +23,7 @@ from typing import Any
 from jsonargparse import auto_cli
 from links.hosts import NotPossibleError, hosts, run_on
 from links.methods import BASELINE, METHODS, POWER_SGD_STARTS, Size
-from links.report import write
+from links.report import Report, write
 from links.store import Key, Store
 
 RESULTS = Path(__file__).parent / "results"
@@ -126,7 +126,8 @@ def loss(
         results: folder of the results.
     """
     store = Store(results / "communication.csv")
-    times = {method: store.value(Key("steps", size, 2, float(rate), method), "seconds_a_step") for method in methods}
+    shown = Report(store, methods, BASELINE, POWER_SGD_STARTS)
+    times = {method: shown.seconds_a_step(size, rate, method) for method in methods}
     if missing := [method for method, time in times.items() if time is None]:
         raise ValueError(f"no step time at {rate:g} Mbit/s of {missing}: run `steps --rates [{rate:g}]` first")
     fit = {method: min(at_most, math.ceil(seconds / time)) for method, time in times.items() if time is not None}

@@ -1,6 +1,7 @@
 """communication.md and its figure, from whatever has been measured."""
 
 import platform
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -48,24 +49,38 @@ class Report:
             rows.append([method, *cells])
         return table(["method", *(f"{SIZES[size]} values, {workers} workers" for size, workers in columns)], rows)
 
+    def seconds_without(self, size: str) -> float:
+        """Return the seconds of a step without communication, which are the same for all methods and rates."""
+        found = [self.store.found[key] for key in self.keys("steps") if key.size == size]
+        return statistics.median(last(of["seconds_a_step"]) - last(of["seconds_exposed"]) for of in found)
+
+    def seconds_a_step(self, size: str, mbit: float, method: str) -> float | None:
+        """Return the seconds of a step: those without communication, and what the method adds to them."""
+        exposed = self.store.value(Key("steps", size, 2, mbit, method), "seconds_exposed")
+        return None if exposed is None else self.seconds_without(size) + max(exposed, 0.0)
+
     def steps(self) -> str:
-        """Seconds a step by the link's rate, and the seconds that communication adds."""
+        """Seconds that communication adds to a step, by the link's rate."""
         columns = sorted({(key.size, key.mbit or 0.0) for key in self.keys("steps")})
         rows = []
         for method in self.methods:
             cells = []
             for size, mbit in columns:
                 key = Key("steps", size, 2, mbit, method)
-                whole, exposed = (self.store.value(key, what) for what in ("seconds_a_step", "seconds_exposed"))
-                cells.append("-" if whole is None or exposed is None else f"{whole:.2f} s ({exposed:.2f} s)")
+                ours = self.store.value(key, "seconds_exposed")
+                baseline = self.store.value(key._replace(method=self.baseline), "seconds_exposed")
+                ratio = f" (1/{baseline / ours:.1f})" if ours and baseline and 0 < ours < baseline else ""
+                cells.append("-" if ours is None else f"{ours:.2f} s{ratio}")
             rows.append([method, *cells])
-        return table(["method", *(f"{SIZES[size]} values, {mbit:g} Mbit/s" for size, mbit in columns)], rows)
+        sizes = sorted({size for size, _ in columns})
+        without = ", ".join(f"{self.seconds_without(size):.2f} s with {SIZES[size]} values" for size in sizes)
+        head = ["communication adds", *(f"{SIZES[size]} values, {mbit:g} Mbit/s" for size, mbit in columns)]
+        return table(head, rows) + f"\n\nA step without communication takes {without}, the median of all."
 
     def by_time(self, size: str, mbit: float, method: str) -> list[tuple[float, float]]:
         """Return (seconds, validation loss): the losses by step, and the steps placed on the clock."""
-        times = Key("steps", size, 2, mbit, method)
-        of_step = self.store.value(times, "seconds_a_step")
-        of_first = self.store.value(times._replace(method=self.baseline), "seconds_a_step")
+        of_step = self.seconds_a_step(size, mbit, method)
+        of_first = self.seconds_a_step(size, mbit, self.baseline)
         if of_step is None or of_first is None:
             return []
         first = self.uncompressed if method.startswith("PowerSGD") else 0
@@ -124,6 +139,11 @@ def _plot(axis: plt.Axes, curves: dict[str, list[tuple[float, float]]], label: s
     axis.grid(alpha=0.3)
 
 
+def last(series: dict[int, float]) -> float:
+    """Return the value after the most steps."""
+    return series[max(series)]
+
+
 def table(head: Sequence[object], rows: Sequence[Sequence[object]]) -> str:
     """Return a Markdown table."""
     lines = [head, ["---"] * len(head), *rows]
@@ -154,17 +174,18 @@ def write(store: Store, folder: Path, methods: Sequence[str], baseline: str, unc
         sections += ["## Bytes a step that leave a worker's card, by the kernel's count", report.traffic()]
     if report.keys("steps"):
         sections += [
-            "## Time of a step, and what communication adds to it",
-            "Two hosts on 2 CPU cores, 4 x 128 tokens each. Steps with and without communication in turn; medians of"
-            " both and, in brackets, of their differences.",
+            "## Time that communication adds to a step",
+            "Two hosts on 2 CPU cores, 4 x 128 tokens each. Steps with and without communication in turn, median of the"
+            f" pairs' differences; in brackets, as a part of {baseline}'s. What a method computes is in it.",
             report.steps(),
         ]
     for size in sorted({key.size for key in report.keys("loss")}):
         sections += [
             "## Validation loss by time",
             "The losses by step are those of one run of each method (one seed, 2 workers, 4 x 128 tokens each, linear"
-            " warm-up of the learning rate over 10 steps, then constant); the clock is put together: steps times the"
-            f" time of a step from the table above, PowerSGD's first {uncompressed}, uncompressed, at {baseline}'s."
+            " warm-up of the learning rate over 10 steps, then constant). The clock is put together: a step takes what"
+            " it takes without communication, and what the table above says that the method adds; PowerSGD's first"
+            f" {uncompressed}, uncompressed, what {baseline}'s take."
             " The last look at the loss by then; - before the first.",
             *filter(None, (report.losses(size, mbit) for mbit in PLOTTED_RATES)),
             "![Validation loss by time and by bytes](communication.png)",

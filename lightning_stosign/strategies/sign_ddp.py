@@ -26,10 +26,10 @@ class SignDDPStrategy(DDPStrategy):
     r"""DDP that sends the signs of the gradients: 32 times less traffic.
 
     Every worker sends one bit a coordinate; each counts the votes on an equal part of the coordinates and sends the
-    result to all: one bit again for ``"majority"``, the number of votes, ``W.bit_length()`` bits, for ``"mean"``. The
-    exchange of a bucket overlaps with the rest of backward, as in DDP, and the averaged gradients are the same bits on
-    all workers. The optimizer, gradient clipping and accumulation (which sends nothing until the last micro-batch) work
-    on them as on DDP's.
+    result to all: one bit again for ``"majority"``, the number of votes for ``"mean"`` (1.6 bits with 2 workers, 2.67
+    with 4, 3.2 with 8). The exchange of a bucket overlaps with the rest of backward, as in DDP, and the averaged
+    gradients are the same bits on all workers. The optimizer, gradient clipping and accumulation (which sends nothing
+    until the last micro-batch) work on them as on DDP's.
 
     With the scale :math:`s` of a parameter, which all workers share, and the worker's gradient :math:`v_w`, the
     gradient is :math:`s \cdot \mathrm{vote}_w(\mathrm{sign}(v_w + s\,n_w))` with stochastic signs, where :math:`s` is

@@ -71,22 +71,23 @@ def test_clock_needs_the_step_times(tmp_path):
 
 def test_losses_are_placed_on_the_clock_and_drawn(tmp_path):
     store = Store(tmp_path / "communication.csv")
-    for method, seconds in {BASELINE: 4.0, "PowerSGD rank 1": 0.5, "sign mean": 1.0}.items():
+    for method, seconds in {BASELINE: 4.5, "PowerSGD rank 1": 1.0, "sign mean": 1.5}.items():
         for mbit in (10.0, 100.0):
-            times = [(5, "seconds_a_step", seconds * 100 / mbit), (5, "seconds_exposed", 0.1)]
+            exposed = (seconds - 0.5) * 100 / mbit
+            times = [(5, "seconds_a_step", 0.5 + exposed), (5, "seconds_exposed", exposed)]
             store.add(Key("steps", "10m", 2, mbit, method), times)
         points = [(step, what, value) for step in (1, 6) for what, value in (("validation_loss", 9.0 / step),)]
         store.add(Key("loss", "10m", 2, None, method), [*points, (1, "bytes_sent", 1e6), (6, "bytes_sent", 6e6)])
     shown = Report(store, [BASELINE, "PowerSGD rank 1", "sign mean", "absent"], BASELINE, uncompressed=2)
-    assert shown.by_time("10m", 100.0, "sign mean") == [(1.0, 9.0), (6.0, 1.5)]
-    assert shown.by_time("10m", 100.0, "PowerSGD rank 1") == [(4.0, 9.0), (10.0, 1.5)]  # 2 of 4 s, 4 of 0.5 s
-    assert shown.by_time("10m", 10.0, BASELINE) == [(40.0, 9.0), (240.0, 1.5)]
+    assert shown.by_time("10m", 100.0, "sign mean") == [(1.5, 9.0), (9.0, 1.5)]
+    assert shown.by_time("10m", 100.0, "PowerSGD rank 1") == [(4.5, 9.0), (13.0, 1.5)]  # 2 of 4.5 s, 4 of 1 s
+    assert shown.by_time("10m", 10.0, BASELINE) == [(40.5, 9.0), (243.0, 1.5)]
     assert shown.by_time("10m", 100.0, "absent") == []
     assert shown.by_bytes("10m", "sign mean") == [(1.0, 9.0), (6.0, 1.5)]
     report(tmp_path)
     text = (tmp_path / "communication.md").read_text()
-    assert "| sign mean | 10.00 s (0.10 s) | 1.00 s (0.10 s) |" in text
-    assert "| at 100 Mbit/s | 1 s | 2 s | 3 s | 6 s |" in text and "| sign mean | - | 9.000 | 9.000 | 1.500 |" in text
+    assert "| sign mean | 10.00 s (1/4.0) | 1.00 s (1/4.0) |" in text and "takes 0.50 s with 10.8 M values" in text
+    assert "| at 100 Mbit/s | 1 s | 2 s | 4 s | 9 s |" in text and "| sign mean | - | 9.000 | 9.000 | 1.500 |" in text
     assert (tmp_path / "communication.png").stat().st_size > 10_000
 
 
