@@ -177,16 +177,17 @@ def forecasts_rounds(
     if change is not None:
         scaled = [look for look in looks if look.rounding.has_tensor_scale]
         for run in runs if scaled else ():
-            added = change(run)
+            before, added = value[run], change(run)
             for look in scaled:
-                look.add_after(run, added)
+                look.add_after(run, before, added)
         answers = yield from _over_ranks([look.maxima_after(change) for look in looks])
         for look, answer in zip(looks, answers, strict=True):
             look.next_store = look.rounding.store(answer)
 
     changing = [value.new_zeros(())]
     for run in runs:
-        stored = [look.count_kept(run) for look in looks]
+        before = value[run]
+        stored = [look.count_kept(run, before) for look in looks]
         if change is not None:
             added = change(run)
             changes = ones_where(torch.ne, added, 0)
@@ -230,9 +231,9 @@ class _Look:
         cut_blocks = self.rounding.cut_blocks(self._value.numel())
         return [largest] * self.rounding.has_tensor_scale + [abs_max(self._value[block]) for block in cut_blocks]
 
-    def add_after(self, run: slice, added: Tensor) -> None:
-        """Look at values as stored and changed, for the largest of them."""
-        self._after.append((self.store(self._value[run], run) + added).abs_().amax())
+    def add_after(self, run: slice, before: Tensor, added: Tensor) -> None:
+        """Look at the values of a run as stored and changed, for the largest of them."""
+        self._after.append((self.store(before, run) + added).abs_().amax())
 
     def maxima_after(self, change: Change) -> list[Tensor]:
         """Return what :meth:`maxima` returns, of the values as stored and changed."""
@@ -240,9 +241,9 @@ class _Look:
         of_blocks = [abs_max(self.store(self._value[block], block) + change(block)) for block in cut_blocks]
         return [torch.stack(self._after).amax()] * self.rounding.has_tensor_scale + of_blocks
 
-    def count_kept(self, run: slice) -> Tensor:
+    def count_kept(self, run: slice, before: Tensor) -> Tensor:
         """Count what is stored as something else than 0; returns the run as stored."""
-        stored = self.store(self._value[run], run)
+        stored = self.store(before, run)
         self._kept.append(add_up(ones_where(torch.ne, stored, 0)))
         return stored
 

@@ -72,10 +72,14 @@ def log10_quantiles(counts: Tensor, quantiles: Sequence[float]) -> Tensor:
         >>> log10_quantiles(magnitude_counts(torch.tensor([0.0, 1e-3, 1.0, 1.0, 1.0])), [0.0, 0.5])
         tensor([-3.0002,  0.0000], dtype=torch.float64)
     """
-    cumulative = counts.cumsum(0)
+    return quantiles_of_cumulative(counts.cumsum(0), quantiles)
+
+
+def quantiles_of_cumulative(cumulative: Tensor, quantiles: Sequence[float]) -> Tensor:
+    """Return :func:`log10_quantiles` from the cumulative sum of the counts."""
     total = cumulative[-1]
-    wanted = torch.tensor(list(quantiles), dtype=torch.float64).to(counts.device) * total
-    index = torch.searchsorted(cumulative.double(), wanted.clamp(min=1.0)).clamp(max=MAGNITUDE_BINS - 1)
+    wanted = (torch.tensor(list(quantiles), dtype=torch.float64).to(total.device) * total).ceil().clamp(min=1.0)
+    index = torch.searchsorted(cumulative, wanted.to(cumulative.dtype)).clamp(max=MAGNITUDE_BINS - 1)
     return torch.where(total > 0, magnitude_of_bin(index).double().log10(), torch.nan)
 
 
@@ -102,9 +106,13 @@ def log10_histogram(value: Tensor) -> Tensor:
 
 def histogram_of(counts: Tensor) -> Tensor:
     """Return the histogram of :func:`log10_histogram` from :func:`magnitude_counts`."""
-    cumulative = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
-    at_edges = cumulative.index_select(0, _edge_bins(counts.device))
-    return at_edges[1:] - at_edges[:-1]
+    return histogram_of_cumulative(counts.cumsum(0))
+
+
+def histogram_of_cumulative(cumulative: Tensor) -> Tensor:
+    """Return :func:`histogram_of` from the cumulative sum of the counts."""
+    below = cumulative.index_select(0, _edge_bins(cumulative.device)[1:] - 1)
+    return torch.cat([below[:1], below[1:] - below[:-1]])
 
 
 def log10_bin_edges() -> Tensor:

@@ -59,13 +59,13 @@ class Rounding:
 
     def _store_fp8(self, maxima: Tensor) -> Store:
         """Return what rounds without casting, which takes several times longer on the CPU."""
-        dtype = self._precision.dtype
+        info = torch.finfo(self._precision.dtype)
         scale: Tensor | float = 1 / self._precision.static_scale**self._degree
         if self.has_tensor_scale:
-            scale = power_of_two_scale(maxima[0], torch.finfo(dtype).max)
+            scale = power_of_two_scale(maxima[0], info.max)
         elif scale == 1:
-            return lambda values, part: _nearest(values.float(), dtype)
-        return lambda values, part: _nearest(values.float() / scale, dtype).mul_(scale)
+            return lambda values, part: _round_(values.float().clamp(-info.max, info.max), info)
+        return lambda values, part: _round_((values.float() / scale).clamp_(-info.max, info.max), info).mul_(scale)
 
     def _store_beside_others(self, values: Tensor, part: slice, maxima: Tensor) -> Tensor:
         """Round beside values that stand for what the run lacks: the state's largest, the rest of cut blocks."""
@@ -107,10 +107,8 @@ def _standing_for(largest: Tensor, size: int) -> Tensor:
     return pad(largest.reshape(1), (0, size - 1))
 
 
-def _nearest(value: Tensor, dtype: torch.dtype) -> Tensor:
-    """Round float32 values to the nearest of an FP8 dtype, ties to even, saturating; float32, a new tensor."""
-    info = torch.finfo(dtype)
-    value = value.clamp(-info.max, info.max)
+def _round_(value: Tensor, info: torch.finfo) -> Tensor:
+    """Round float32 values in place to the nearest of an FP8 dtype, ties to even; none may be beyond its largest."""
     binade = value.view(torch.int32).bitwise_and(_EXPONENT_BITS).view(torch.float32).clamp_(min=info.smallest_normal)
     # Beside 1.5 * 2**23 times the spacing of the dtype's numbers float32 has no smaller ones.
     multiple = 1.5 * 2.0**23 * info.eps

@@ -12,7 +12,7 @@ from torch.distributed import ProcessGroup, ReduceOp, all_reduce
 from torch.optim import Optimizer
 
 from lightning_stosign.health.forecast import Forecast, Rounds, forecasts_rounds, run_rounds
-from lightning_stosign.health.magnitudes import histogram_of, log10_quantiles, magnitude_counts
+from lightning_stosign.health.magnitudes import histogram_of_cumulative, magnitude_counts, quantiles_of_cumulative
 from lightning_stosign.health.readers import Moments
 from lightning_stosign.health.sharding import Layout, localize
 from lightning_stosign.health.statistics import (
@@ -227,10 +227,11 @@ class Snapshot:
                 for end in ("", f"/{label(layer)}") if per_layer else ("",):
                     together[end] = together[end] + counts.to(together[end].device) if end in together else counts
             for end, counts in together.items():
+                cumulative = counts.cumsum(0)
                 if self._with_histograms:
-                    yield ("histogram", name, end), histogram_of(counts)
+                    yield ("histogram", name, end), histogram_of_cumulative(cumulative)
                 if self._quantiles:
-                    yield ("quantiles", name, end), log10_quantiles(counts, self._quantiles)
+                    yield ("quantiles", name, end), quantiles_of_cumulative(cumulative, self._quantiles)
 
     def _combine_ranks(self) -> None:
         """Combine what the ranks of a sharded model have each found in their own parts."""

@@ -43,8 +43,7 @@ def ones_where(compare: Callable[..., Tensor], value: Tensor, other: Tensor | fl
 
 def add_up(ones: Tensor) -> Tensor:
     """Add up zeros and ones, exactly: in float32, which is cheaper, where that is enough."""
-    wide = ones.dtype if ones.numel() <= _EXACT_IN_FLOAT32 else sum_dtype(ones)
-    return ones.sum(dtype=torch.promote_types(wide, torch.float32))
+    return ones.sum(dtype=torch.float32 if ones.numel() <= _EXACT_IN_FLOAT32 else sum_dtype(ones))
 
 
 def in_parts(*values: Tensor) -> Iterator[tuple[Tensor, ...]]:
