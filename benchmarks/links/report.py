@@ -124,16 +124,22 @@ class Report:
             curves = {method: self.by_time(size, mbit, method) for method in self.methods}
             _plot(axis, curves, f"seconds at {mbit:g} Mbit/s")
         _plot(axes[-1], {method: self.by_bytes(size, method) for method in self.methods}, "MB sent by a worker")
+        by_bytes = [self.by_bytes(size, method) for method in self.methods]
+        losses = [loss for curve in by_bytes for _, loss in curve]
+        # No higher than where they begin: PowerSGD may leave the figure for some steps.
+        axes[0].set_ylim(min(losses) - 0.05, max(curve[0][1] for curve in by_bytes if curve) + 0.05)
         axes[0].set_ylabel("validation loss, nats a byte")
-        axes[0].legend(fontsize=8)
+        axes[-1].legend(fontsize=8)
         figure.tight_layout()
         return figure
 
 
 def _plot(axis: plt.Axes, curves: dict[str, list[tuple[float, float]]], label: str) -> None:
-    for method, curve in curves.items():
+    for color, (method, curve) in enumerate(curves.items()):
+        if not curve:
+            continue
         style = "-" if method.startswith("sign") else "--" if method.startswith("PowerSGD") else ":"
-        axis.plot([x for x, _ in curve], [loss for _, loss in curve], style, label=method, linewidth=1.5)
+        axis.plot([x for x, _ in curve], [loss for _, loss in curve], style, color=f"C{color}", label=method)
     axis.set_xscale("log")
     axis.set_xlabel(label)
     axis.grid(alpha=0.3)
@@ -188,7 +194,7 @@ def write(store: Store, folder: Path, methods: Sequence[str], baseline: str, unc
             f" {uncompressed}, uncompressed, what {baseline}'s take."
             " The last look at the loss by then; - before the first.",
             *filter(None, (report.losses(size, mbit) for mbit in PLOTTED_RATES)),
-            "![Validation loss by time and by bytes](communication.png)",
+            "![Validation loss by time and by bytes; losses above the first ones are cut off](communication.png)",
         ]
         figure = report.draw(size)
         figure.savefig(folder / "communication.png", dpi=110)
