@@ -110,8 +110,9 @@ def test_states_of_any_dtype_are_counted_exactly(dtype):
     assert (health.dead.item(), health.exploding.item()) == (1000, 1)
 
 
-def test_parameters_that_ask_for_gradients_have_statistics():
-    assert state_statistics(torch.nn.Parameter(torch.tensor([0.0, 2.0]))).square_sum.item() == 4
+def test_statistics_of_parameters_ask_for_no_gradients():
+    found = state_statistics(torch.nn.Parameter(torch.tensor([0.0, 2.0])))
+    assert (found.square_sum.item(), found.square_sum.requires_grad) == (4, False)
 
 
 @pytest.mark.slow
