@@ -41,3 +41,17 @@ def test_make_target_of_the_readme_exists(target):
 @pytest.mark.parametrize("path", sorted(set(re.findall(r"(?:examples|benchmarks)/[\w.]+\.\w+", README))))
 def test_file_of_the_readme_exists(path):
     assert (ROOT / path).stat().st_size > 0
+
+
+def figures(text):
+    """Losses, ratios and shares: numbers of two decimals or more, and percentages, that are not code or a paper's."""
+    prose = re.sub(r"```.*?```|`[^`\n]*`|\d{4}\.\d{5}", "", text, flags=re.DOTALL)
+    return set(re.findall(r"(?<![\w.])\d+\.\d{2,}(?![\d.])|(?<![\w.])\d+(?:\.\d+)?(?=%)", prose))
+
+
+def test_every_measured_figure_is_in_the_results():
+    results = (ROOT / "benchmarks" / "results" / "RESULTS.md").read_text()
+    measured = set(re.findall(r"\d+(?:\.\d+)?", results))
+    of_the_paper = {"1.44", "2.14"}
+    settings = {"3.10", "5", "50", "95", "1", "2.67"}  # Python, quantiles, limits of the guard, bits a digit
+    assert figures(README) - measured - of_the_paper - settings == set()

@@ -2,6 +2,7 @@
 
 import math
 import platform
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from evidence.tables import Tables
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+
+NAME = "RESULTS.md"
 
 SHOWN = ("AdamW", "SignSGD", "Muon", "IE-StoSignSGD", OURS)  # in the figure of curves
 
@@ -105,18 +108,19 @@ def write(store: Store, scale: Scale, command: str) -> Path:
         DEVIATIONS.format(tokens=scale.steps * TOKENS_A_STEP),
         *recorded(store.folder),
     ]
-    path = store.folder / "RESULTS.md"
+    path = store.folder / NAME
     path.write_text("\n\n".join(sections) + "\n")
     return path
 
 
 def recorded(folder: Path) -> list[str]:
-    """Return what the other benchmarks and examples have printed: the command and its output, file by file."""
-    files = sorted(folder.glob("*.txt"))
-    if not files:
+    """Return what other benchmarks have written, and what they and the examples have printed, file by file."""
+    written = [path.read_text().strip() for path in sorted(folder.glob("*.md")) if path.name != NAME]
+    printed = [f"# {p.stem}\n\n```\n{p.read_text().strip()}\n```" for p in sorted(folder.glob("*.txt"))]
+    if not written + printed:
         return []
-    intro = "Recorded by `benchmarks/record.sh`; each begins with the command that prints it."
-    return ["## Other measurements", intro, *(f"### {p.stem}\n\n```\n{p.read_text().strip()}\n```" for p in files)]
+    intro = "What is in a block was recorded by `benchmarks/record.sh`; it begins with the command that prints it."
+    return ["## Other measurements", intro, *(re.sub(r"^#", "###", part, flags=re.M) for part in written + printed)]
 
 
 def curve(tables: Tables, method: str, states: str, tag: str) -> tuple[list[int], list[float]]:

@@ -120,7 +120,9 @@ def test_study_carries_out_its_plan_once_and_the_report_tells_it(tmp_path):
     assert "1.41 ± 0.01" in text
     assert "kjv.txt" in text
     (tmp_path / "guard.txt").write_text("$ python benchmarks/guard.py\nstops at step 3\n")
+    (tmp_path / "wire.md").write_text("# On the wire\n\n## Bytes\n\n8\n")
     text = write(store, SMALL, "python study.py").read_text()
+    assert "### On the wire\n\n#### Bytes\n\n8\n" in text
     assert "### guard\n\n```\n$ python benchmarks/guard.py\nstops at step 3\n```" in text
     executor.asked.clear()
     for _ in Study(Store(tmp_path), executor, 1, tmp_path, SMALL, compiled=False, corpus="kjv.txt").everything():
