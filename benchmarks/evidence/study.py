@@ -55,7 +55,6 @@ COMPARED_LONGER = (*COMPARED, "StoSignSGDv2")
 # What might raise the ratio, at LONGER times the steps.
 ATTEMPTS = (
     "StoSignSGD, m_1 = g_1",
-    "StoSignSGD, beta1 = 0.95",
     "StoSignSGD, beta2 = 0.95",
     "StoSignSGD, cosine to 0",
 )
