@@ -198,11 +198,13 @@ class Study:
             yield self.results("another text", self.pairs(compared, corpus=self.corpus))
         self.tune(("AdamW", OURS), longer, steps=LONGEST * self.scale.steps)
         yield "the longest runs"
-        yield self.results("FP8 states of every method", self.pairs(best))
+        every = self.pairs(best)
+        yield self.results("FP8 states of every method, one seed", [run for run in every if run.seed == 0])
         if self.scale.task != LARGER:
             yield self.results("a larger model", self.larger(best))
         self.tune(ATTEMPTS, dict.fromkeys(ATTEMPTS, longer[OURS]), steps=LONGER * self.scale.steps)
         yield "attempts"
+        yield self.results("FP8 states of every method", every)
 
     def fp8(self, rates: dict[str, float], **settings: object) -> list[Run]:
         """Return runs with FP8 matrix products, of each method at its learning rate, with each seed."""
