@@ -66,8 +66,8 @@ def write(store: Store, scale: Scale, command: str) -> Path:
         f"Losses are nats a byte of the validation text after {scale.steps} steps of {TOKENS_A_STEP:,} tokens, mean"
         f" over {scale.seeds} seeds (weights, data and noise) ± its standard error, or one seed where there is no ±."
         " Linear warm-up over a tenth of the steps, cosine to a tenth of the rate, gradients clipped at norm 1, weight"
-        " decay 0.1. Unless said otherwise matrix products are in FP8 (E4M3 forward, E5M2 gradients). FP8 states are E4M3"
-        " with one scale a tensor.",
+        " decay 0.1. Unless said otherwise matrix products are in FP8 (E4M3 forward, E5M2 gradients). FP8 states are"
+        " E4M3 with one scale a tensor.",
         "## What FP8 states do to AdamW and to StoSignSGD",
         tables.collapse(),
         "## Every method at its best learning rate",
