@@ -26,6 +26,9 @@ from evidence.study import (
 )
 
 
+DIVERGED = 100.0  # nats: what is above says no more
+
+
 class Losses(NamedTuple):
     """Validation losses of one setting, by seed."""
 
@@ -44,7 +47,7 @@ class Losses(NamedTuple):
     def __str__(self) -> str:
         if not self.values:
             return "-"
-        diverged = sum(math.isinf(value) for value in self.values)
+        diverged = sum(value > DIVERGED for value in self.values)
         if diverged:
             return "diverges" if diverged == len(self.values) else f"diverges in {diverged} of {len(self.values)}"
         return f"{self.mean:.3f}" if math.isnan(self.error) else f"{self.mean:.3f} ± {self.error:.3f}"
@@ -250,7 +253,7 @@ class Tables:
 
 def difference(low: Losses, full: Losses) -> str:
     """Return the difference of the means, with its standard error where both have one."""
-    if not low.values or not full.values or not math.isfinite(low.mean):
+    if not low.values or not full.values or not low.mean < DIVERGED:
         return "-"
     error = math.hypot(low.error, full.error)
     return f"{low.mean - full.mean:+.3f}" + ("" if math.isnan(error) else f" ± {error:.3f}")

@@ -142,7 +142,8 @@ def test_steps_to_a_loss():
 def test_losses_in_words():
     assert str(Losses((2.0, 2.2))) == "2.100 ± 0.100"
     assert str(Losses((2.0, math.inf))) == "diverges in 1 of 2"
-    assert str(Losses((math.inf,))) == "diverges"
+    assert str(Losses((math.inf,))) == str(Losses((2e12,))) == "diverges"
+    assert difference(Losses((2e12,)), Losses((1.5,))) == "-"
     assert difference(Losses((2.0,)), Losses((1.5,))) == "+0.500"
     assert difference(Losses((math.inf,)), Losses((1.5,))) == "-"
     assert markdown(("a|b",), [(1,)]) == "| a\\|b |\n| --- |\n| 1 |"
