@@ -25,7 +25,6 @@ from evidence.study import (
     Scale,
 )
 
-
 DIVERGED = 100.0  # nats: what is above says no more
 
 
