@@ -81,7 +81,8 @@ def write(store: Store, scale: Scale, command: str) -> Path:
         " to 2.14, at 13 billion tokens.",
         tables.ratios(),
         tables.longer(),
-        f"What might raise the ratio: {LONGER * scale.steps} steps, float32 throughout, learning rates tuned, seed 0.",
+        f"What might raise the ratio: {LONGER * scale.steps} steps, float32 throughout, seed 0; with fewer than 3 rates"
+        " not tuned.",
         tables.attempts(),
         "## Other formats of the states",
         tables.formats(),

@@ -216,14 +216,14 @@ class Tables:
         return markdown(("model", "method", "steps", "peak lr", "float32 states", "FP8 states", "difference"), rows)
 
     def attempts(self) -> str:
-        """Return what might have raised the ratio of tokens, one seed, each at its best learning rate."""
+        """Return what might have raised the ratio of tokens, one seed, each at the best learning rate tried."""
         steps, rows = LONGER * self.scale.steps, []
         for method in ("AdamW", OURS, *ATTEMPTS):
             grid = self.grid(method, steps=steps)
             if grid:
                 best = min(grid, key=lambda lr: grid[lr])
-                rows.append((method, f"{best:g}", f"{grid[best]:.3f}"))
-        return markdown(("method", "peak lr", "validation loss"), rows)
+                rows.append((method, len(grid), f"{best:g}", f"{grid[best]:.3f}"))
+        return markdown(("method", "rates tried", "best peak lr", "validation loss"), rows)
 
     def lengths(self) -> list[int]:
         """Return the numbers of steps for which StoSignSGD has been trained with float32 throughout."""
