@@ -101,12 +101,7 @@ class StrictOptimizer(Optimizer, ABC):
         Costs one reduction over the gradients, one communication if they are sharded and, on an accelerator, one host
         synchronisation a step.
         """
-        nonfinite = torch.zeros(len(updates))
-        grads = [local_grad(param) for _, param, _ in updates]
-        # A sum is not finite if one value is not, and several times faster than a largest magnitude, whose kernels run
-        # on one thread on the CPU. But a sum of finite values can overflow.
-        if not _sums_are_finite(grads):
-            nonfinite = torch.tensor([float(not grad.isfinite().all()) for grad in grads])
+        nonfinite = torch.tensor(self._which_are_nonfinite(updates), dtype=torch.float32)
         max_over_shards((param, flag) for (_, param, _), flag in zip(updates, nonfinite.unbind(), strict=True))
         offending = [
             (param, group) for (_, param, group), flag in zip(updates, nonfinite.tolist(), strict=True) if flag
@@ -114,6 +109,15 @@ class StrictOptimizer(Optimizer, ABC):
         if offending:
             self._report_nonfinite([self._name(param) for param, _ in offending], [group for _, group in offending])
         return not offending
+
+    def _which_are_nonfinite(self, updates: list[tuple[int, Tensor, dict[str, Any]]]) -> list[bool]:
+        """Return for each update whether this process's part of its gradient holds inf or NaN."""
+        grads = [local_grad(param) for _, param, _ in updates]
+        # A sum is not finite if one value is not, and several times faster than a largest magnitude, whose kernels run
+        # on one thread on the CPU. But a sum of finite values can overflow.
+        if _sums_are_finite(grads):
+            return [False] * len(grads)
+        return [not bool(grad.isfinite().all()) for grad in grads]
 
     def _report_nonfinite(self, names: list[str], groups: list[dict[str, Any]]) -> None:
         """Raise or warn about a step that was not taken, as the groups of the parameters named ask for."""

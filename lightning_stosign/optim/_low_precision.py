@@ -12,12 +12,18 @@ from torch.optim.optimizer import ParamsT
 from lightning_stosign.optim import engine
 from lightning_stosign.optim._base import StrictOptimizer, check_choice, loss_of
 from lightning_stosign.optim._deferred import DeferredCheck, defers
-from lightning_stosign.optim.fused import WORTH_COMPILING, has_compiler
+from lightning_stosign.optim.fused import has_compiler
+from lightning_stosign.optim.job import Job, Path
+from lightning_stosign.optim.native import has_native, which_are_nonfinite
 from lightning_stosign.optim.noise import noise_key
 from lightning_stosign.optim.sharding import local, local_grad
 from lightning_stosign.optim.state_precision import FLOAT32, StatePrecision, precision_of
 from lightning_stosign.optim.storage import init_state
 from lightning_stosign.optim.update import Constants, Rule, UpdateSpec
+
+# Values in all from which on a path is taken by default: below, eager steps take less than the path's compilation for
+# hundreds of them.
+WORTH: dict[Path, int] = {"native": 1_000_000, "compiled": 10_000_000}
 
 
 class LowPrecisionOptimizer(StrictOptimizer):
@@ -79,7 +85,7 @@ class LowPrecisionOptimizer(StrictOptimizer):
             finite = self._deferred.finite
         elif not self._gradients_are_finite(updates):
             return loss
-        numel = sum(param.numel() for _, param, _ in updates)
+        paths = self._paths(updates)
         constants: dict[Any, Constants] = {}
         specs: dict[Any, UpdateSpec] = {}
         jobs = []
@@ -87,9 +93,16 @@ class LowPrecisionOptimizer(StrictOptimizer):
             of_group = id(group), param.device
             if of_group not in constants:
                 constants[of_group] = self._constants(group, param.device, finite)
-            jobs.append(self._job(index, param, group, constants[of_group], specs, numel))
+            jobs.append(self._job(index, param, group, constants[of_group], specs, paths[of_group]))
         engine.run(jobs)
         return loss
+
+    def _which_are_nonfinite(self, updates: list[tuple[int, Tensor, dict[str, Any]]]) -> list[bool]:
+        if set(self._paths(updates).values()) == {"native"}:
+            flags = which_are_nonfinite([local_grad(param) for _, param, _ in updates])
+            if flags is not None:
+                return flags
+        return super()._which_are_nonfinite(updates)
 
     _deferred: DeferredCheck | None = None
 
@@ -126,8 +139,8 @@ class LowPrecisionOptimizer(StrictOptimizer):
         group: dict[str, Any],
         constants: Constants,
         specs: dict[Any, UpdateSpec],
-        numel: int,
-    ) -> engine.Job:
+        path: Path,
+    ) -> Job:
         state = self.state[param]
         precision = precision_of(state, group)
         if precision is not None and not precision.applies_to(param):
@@ -145,15 +158,22 @@ class LowPrecisionOptimizer(StrictOptimizer):
         for name in spec.rule.states:  # one by one: a momentum can be switched on in the middle of a run
             if name not in state:
                 init_state(state, name, param, precision)
-        state["step"] += 1
-        seed, step = group.get("seed", 0), int(state["step"])
+        seed, step = group.get("seed", 0), int(state["step"].add_(1))
         keys = {stream: noise_key(seed, step, index, stream) for stream in spec.streams}
-        compiled = self._compiles(param, group, numel)
-        return engine.Job(param, local(param), local_grad(param), state, spec, keys, constants, compiled)
+        return Job(param, local(param), local_grad(param), state, spec, keys, constants, path)
 
-    def _compiles(self, param: Tensor, group: dict[str, Any], numel: int) -> bool:
-        """Return whether the group's ``fused`` asks for a compiled step on this machine."""
-        wanted = group["fused"]
-        if wanted is None:
-            wanted = param.device.type == "cpu" and numel >= WORTH_COMPILING
-        return wanted and has_compiler()
+    def _paths(self, updates: list[tuple[int, Tensor, dict[str, Any]]]) -> dict[tuple[int, torch.device], Path]:
+        """Return how each group's ``fused`` and this machine have its parameters on a device updated."""
+        numel = sum(param.numel() for _, param, _ in updates)
+        kinds = {(id(group), param.device): group["fused"] for _, param, group in updates}
+        return {kind: _path(kind[1], wanted, numel) for kind, wanted in kinds.items()}
+
+
+def _path(device: torch.device, fused: bool | None, numel: int) -> Path:
+    on_cpu = device.type == "cpu"
+    if fused is False or (fused is None and not (on_cpu and numel >= min(WORTH.values()))):
+        return "eager"
+    path: Path = "native" if on_cpu and has_native() else "compiled"
+    if (fused is None and numel < WORTH[path]) or (path == "compiled" and not has_compiler()):
+        return "eager"
+    return path

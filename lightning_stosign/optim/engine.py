@@ -1,83 +1,25 @@
-"""Takes parameters and their states through an update: in chunks, in batches of small ones, or compiled."""
+"""Takes parameters and their states through an update: natively, compiled, in chunks, or small ones in a batch."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lightning_stosign.optim import native
 from lightning_stosign.optim.fp4_rows import Fp4Rows
 from lightning_stosign.optim.fused import ROW, Rows, as_tensor, compiled_largest, compiled_update
-from lightning_stosign.optim.noise import Stream, hash_words, weyl_sequence
-from lightning_stosign.optim.sharding import Shard, local, max_over_shards, shard_of
-from lightning_stosign.optim.storage import SCALE_SUFFIX, TENSOR_SCALE_SUFFIX
-from lightning_stosign.optim.update import Constants, Noise, RowNoise, RunNoise, StoredRows, UpdateSpec
+from lightning_stosign.optim.job import SEGMENT, Job
+from lightning_stosign.optim.noise import hash_words, weyl_sequence
+from lightning_stosign.optim.sharding import max_over_shards
+from lightning_stosign.optim.update import Noise, RowNoise, RunNoise, StoredRows
 
 # Values that an eager pass goes over at a time: on the CPU 1 MiB of float32, so that the passes stay in the cache.
 _CHUNK, _ACCELERATOR_CHUNK = 1 << 18, 1 << 26
 
 # Values up to which parameters are gathered to be updated together: copying them costs less than a call for each.
 _SMALL = 1 << 14
-
-_SEGMENT = 1 << 32  # elements that share a key
-
-
-@dataclass
-class Job:
-    """One parameter's update in this step.
-
-    Args:
-        whole: the parameter.
-        param: this process's part of it.
-        grad: likewise of its gradient.
-        state: its entry in ``optimizer.state``.
-        spec: the update and how it is stored.
-        keys: this step's noise keys.
-        constants: the numbers of the step.
-        compiled: whether to take the compiled path where it fits.
-    """
-
-    whole: Tensor
-    param: Tensor
-    grad: Tensor
-    state: dict[str, Any]
-    spec: UpdateSpec
-    keys: dict[Stream, int]
-    constants: Constants
-    compiled: bool
-
-    def __post_init__(self) -> None:
-        names = self.spec.rule.states
-        self.stored: list[Tensor] = [local(self.state[name]) for name in names]
-        """This process's parts of the state tensors."""
-        self.scales: list[Tensor | None] = [self.state.get(name + SCALE_SUFFIX) for name in names]
-        """The scales of the state tensors."""
-        self.shard: Shard | None = shard_of(self.whole)
-        """Which part of the parameter this process has, if not all of it."""
-        self.start: int | None = 0
-        """The row-major index in the parameter of its first value here; None if they do not follow each other."""
-        if self.shard is not None and self.shard.starts.numel() > 0:
-            self.start = int(self.shard.starts) if self.shard.starts.numel() == 1 else None
-
-    @property
-    def tensor_scales(self) -> list[Tensor]:
-        """The scales that depend on all of a state's values, where there are such."""
-        suffix = TENSOR_SCALE_SUFFIX if self.spec.precision.is_fp4 else SCALE_SUFFIX
-        return [self.state[name + suffix] for name in self.spec.rule.states]
-
-    @property
-    def batch_key(self) -> tuple[Any, ...] | None:
-        """What parameters must have in common to be updated together; None for one that is updated alone."""
-        if not 0 < self.param.numel() <= _SMALL or self.param.dtype == torch.float64:
-            return None
-        if self.start is None or self.start % _SEGMENT + self.param.numel() > _SEGMENT:
-            return None
-        if any(scale is not None for scale in self.scales):
-            return None
-        tensors = (self.param, self.grad, *self.stored)
-        return self.spec, id(self.constants), self.compiled, self.param.device, *(t.dtype for t in tensors)
 
 
 def run(jobs: Sequence[Job]) -> None:
@@ -87,38 +29,73 @@ def run(jobs: Sequence[Job]) -> None:
     """
     numbers: dict[int, Tensor] = {}
     for job in jobs:
-        if job.compiled and id(job.constants) not in numbers:
+        if job.path == "compiled" and id(job.constants) not in numbers:
             numbers[id(job.constants)] = as_tensor(job.constants, job.param.device)
-    scaled = [job for job in jobs if job.spec.precision.has_tensor_scale and job.spec.rule.states]
-    next_scales = _next_scales(scaled, numbers)
+    natives, others = _split(jobs)
+    next_scales = _next_scales(natives, others, numbers)
+    for members in natives:
+        native.update(members, next_scales)
     batches: dict[Any, list[Job]] = {}
-    for job in jobs:
-        batches.setdefault(job.batch_key or id(job), []).append(job)
+    for job in others:
+        batches.setdefault(_batch_key(job) or id(job), []).append(job)
     for batch in batches.values():
         of_batch = numbers.get(id(batch[0].constants))
         if len(batch) == 1:
             _run_alone(batch[0], of_batch, next_scales.get(id(batch[0])))
         else:
             _run_together(batch, of_batch)
-    for job in scaled:
+    for job in filter(_has_next_scales, jobs):
         for scale, new in zip(job.tensor_scales, next_scales[id(job)].unbind(), strict=True):
             scale.copy_(new)
 
 
-def _next_scales(jobs: Sequence[Job], numbers: dict[int, Tensor]) -> dict[int, Tensor]:
+def _split(jobs: Sequence[Job]) -> tuple[list[list[Job]], list[Job]]:
+    """Return the jobs that native code does, those of a kind together, and the others."""
+    natives: dict[Any, list[Job]] = {}
+    others = []
+    for job in jobs:
+        if native.is_native(job):
+            natives.setdefault((id(job.spec), id(job.constants), job.param.dtype), []).append(job)
+        else:
+            others.append(job)
+    return list(natives.values()), others
+
+
+def _has_next_scales(job: Job) -> bool:
+    return job.spec.precision.has_tensor_scale and bool(job.spec.rule.states)
+
+
+def _batch_key(job: Job) -> tuple[Any, ...] | None:
+    """Return what parameters must have in common to be updated together; None for one that is updated alone."""
+    if not 0 < job.param.numel() <= _SMALL or job.param.dtype == torch.float64:
+        return None
+    if job.start is None or job.start % SEGMENT + job.param.numel() > SEGMENT:
+        return None
+    if any(scale is not None for scale in job.scales):
+        return None
+    tensors = (job.param, job.grad, *job.stored)
+    return job.spec, id(job.constants), job.path, job.param.device, *(t.dtype for t in tensors)
+
+
+def _next_scales(
+    natives: Sequence[Sequence[Job]], others: Sequence[Job], numbers: dict[int, Tensor]
+) -> dict[int, Tensor]:
     """Return the scales of the next states, float32 ``[states]``, by the job's id.
 
     The largest values of all parameters of a kind become scales together: these are a dozen operations on a few bytes.
     """
-    largest = [(job, _largest(job, numbers.get(id(job.constants)))) for job in jobs]
+    largest = [(job, _largest(job, numbers.get(id(job.constants)))) for job in filter(_has_next_scales, others)]
+    for members in natives:
+        if _has_next_scales(members[0]):
+            largest += zip(members, native.largest(members).unbind(), strict=True)
     max_over_shards((job.whole, values) for job, values in largest)
     kinds: dict[Any, list[tuple[Job, Tensor]]] = {}
     for job, values in largest:
         kinds.setdefault((job.spec, job.param.device), []).append((job, values))
     found: dict[int, Tensor] = {}
-    for (spec, _), members in kinds.items():
-        scales = spec.rule.cover(torch.stack([values for _, values in members], dim=1), spec.precision)
-        found.update(zip((id(job) for job, _ in members), scales.t().contiguous().unbind(), strict=True))
+    for (spec, _), of_kind in kinds.items():
+        scales = spec.rule.cover(torch.stack([values for _, values in of_kind], dim=1), spec.precision)
+        found.update(zip((id(job) for job, _ in of_kind), scales.t().contiguous().unbind(), strict=True))
     return found
 
 
@@ -164,7 +141,7 @@ def _run_together(jobs: list[Job], numbers: Tensor | None) -> None:
     gathered = [_gather(column, padding) for column in tensors]
     words = torch.tensor([_words(job, 0) for job in jobs], dtype=torch.int32, device=device)[owner]
     scales = [None] * len(first.stored)
-    if numbers is not None and first.compiled and len(owner) > 1:
+    if numbers is not None and first.path == "compiled" and len(owner) > 1:
         rows = Rows(0, len(owner) * ROW, ROW)
         compiled_update(first.spec, gathered, rows, scales, None, words, sequence, numbers)
     else:
@@ -251,12 +228,12 @@ def _spans(job: Job) -> Iterator[Rows]:
     if job.start is None:
         assert job.shard is not None
         row = job.shard.run
-    chunk = _SEGMENT if job.compiled and not blocks else _chunk(job.param.device)
+    chunk = SEGMENT if job.path == "compiled" and not blocks else _chunk(job.param.device)
     chunk = max(chunk // row, 1) * row
     whole = total // row * row
     first = 0
     while first < whole:
-        of_segment = _SEGMENT - ((job.start or 0) + first) % _SEGMENT
+        of_segment = SEGMENT - ((job.start or 0) + first) % SEGMENT
         count = min(chunk, whole - first, max(of_segment // row, 1) * row)
         yield Rows(first, count, row)
         first += count
@@ -266,7 +243,7 @@ def _spans(job: Job) -> Iterator[Rows]:
 
 def _compiles(job: Job, rows: Rows) -> bool:
     # torch.compile treats a size of 1 apart. Four-bit states are not compiled.
-    compiled = job.compiled and not job.spec.precision.is_fp4
+    compiled = job.path == "compiled" and not job.spec.precision.is_fp4
     return compiled and job.start is not None and rows.numel >= 2 * rows.length and job.param.dtype != torch.float64
 
 

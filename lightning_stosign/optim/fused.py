@@ -1,4 +1,4 @@
-"""The whole update as one compiled kernel: one pass over parameter, gradient and states, noise included.
+"""The whole update as one kernel of torch.compile's: on accelerators, and where native.py finds no compiler it can use.
 
 A kernel sees a tensor as rows of :data:`ROW` values (of a block, under block scaling). The number of rows is dynamic
 and the length of a row is not, so that one compilation serves all shapes and the inner loop is vectorised. FP8 states
@@ -21,9 +21,6 @@ from lightning_stosign.optim.update import Constants, RowNoise, UpdateSpec
 
 ROW = 256
 _LANES = 16  # float32 values in a vector of AVX-512
-
-# Below so many values in all, an eager step is a matter of milliseconds and a compilation of seconds.
-WORTH_COMPILING = 10_000_000
 
 # Inductor would go on with the unrounded value where a rounded one is converted back to float32, and would cut a chain
 # of many operations in two, with a buffer as large as the parameter between them.

@@ -212,6 +212,8 @@ class StoredRows:
 class Rule(ABC):
     """An optimizer's update rule; a frozen dataclass of its choices, so that a kernel can be kept for each."""
 
+    maximize: bool
+
     @property
     @abstractmethod
     def states(self) -> tuple[str, ...]:

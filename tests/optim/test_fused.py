@@ -1,4 +1,4 @@
-"""The compiled step: the eager step's bits, from one compilation."""
+"""The step that torch.compile makes: the eager step's bits, from one compilation."""
 
 import warnings
 
@@ -20,6 +20,12 @@ FP8 = "fp8:stochastic_rounding=true,min_numel=0"
 slow = pytest.mark.slow
 
 pytestmark = pytest.mark.filterwarnings("ignore:betas")
+
+
+@pytest.fixture(autouse=True)
+def without_native_code(monkeypatch):
+    """Which would be taken first on the CPU."""
+    monkeypatch.setattr(_low_precision, "has_native", lambda: False)
 
 
 def train(cls=StoSignSGD, steps=12, dtype=torch.float32, **options):
@@ -173,7 +179,7 @@ def test_large_parameters_are_compiled_alone_and_small_ones_together(calls):
 def test_by_default_only_what_is_worth_it_is_compiled(calls, monkeypatch):
     train(steps=1)
     assert calls == []
-    monkeypatch.setattr(_low_precision, "WORTH_COMPILING", 60_000)
+    monkeypatch.setitem(_low_precision.WORTH, "compiled", 60_000)
     train(steps=1)
     assert len(calls) == 5
 

@@ -15,6 +15,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore  # registers t
 
 from lightning_stosign.optim import engine
 from lightning_stosign.optim._deferred import DeferredCheck
+from lightning_stosign.optim.job import Job
 from lightning_stosign.optim.noise import Stream, uniform_noise
 from lightning_stosign.optim.sharding import local, local_grad, shard_of
 from lightning_stosign.optim.state_precision import FLOAT32
@@ -109,9 +110,9 @@ def test_a_part_across_the_key_s_boundary_draws_the_noise_of_its_elements():
     param = torch.zeros(numel)
     spec = UpdateSpec(StoSignRule(stochastic=True, maximize=False), FLOAT32, round_param=False)
     keys, state = {Stream.UPDATE: 3}, {"exp_avg": param, "exp_inf": param}
-    with patch.object(engine, "shard_of", return_value=shard):
-        job = engine.Job(param, param, param, state, spec, keys, Constants(1, 1, 1, 1), compiled=True)
-    assert job.batch_key is None
+    with patch("lightning_stosign.optim.job.shard_of", return_value=shard):
+        job = Job(param, param, param, state, spec, keys, Constants(1, 1, 1, 1), "compiled")
+    assert engine._batch_key(job) is None
     spans = list(engine._spans(job))
     noises = [engine._noise(job, first, torch.empty(count // row, row)) for first, count, row in spans]
     drawn = torch.cat([noise.uniform(Stream.UPDATE).flatten() for noise in noises])

@@ -1,0 +1,411 @@
+// One step of StoSignSGD or SignSGD on the CPU, in one pass over parameters, gradients and states.
+//
+// The arithmetic of update.py, rounding.py and noise.py, operation by operation and hence with the same bits; what each is
+// for is said there. native.py compiles this for one kind of update, whose choices are the macros:
+//   PARAM, STATE          formats, of those below
+//   SCALING               of the states: none, fixed, tensor or block
+//   MOMENTUM, ENVELOPE    which states there are
+//   STOCHASTIC, MAXIMIZE, DECAYS, ROUND_STATE, ROUND_PARAM
+//                         whether to draw noise, to ascend, to round a decayed envelope, momentum or parameter at random
+// A tensor goes through in rows, short enough that their buffers stay in the first-level cache; every loop over a row is
+// one that compilers vectorise. There must be no contraction to fused multiply-adds.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+namespace {
+
+float from_bits(uint32_t bits) {
+    float value;
+    std::memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+uint32_t to_bits(float value) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, sizeof bits);
+    return bits;
+}
+
+constexpr uint32_t SIGN = 1u << 31, EXPONENT = 0x7F800000;
+
+// What a number is rounded to, and its bits.
+template <class Bits>
+struct Rounded {
+    float value;
+    Bits bits;
+};
+
+// How to round the magnitude of a number, in units of the spacing of the numbers around it; each for any format.
+struct ToNearest {
+    float operator()(float units) const { return std::rint(units); }
+    uint32_t bfloat16(uint32_t size) const { return size + 0x7FFF + (size >> 16 & 1); }
+};
+
+struct Up {
+    float operator()(float units) const { return std::ceil(units); }
+    uint32_t bfloat16(uint32_t size) const { return size + 0xFFFF; }
+};
+
+struct AtRandom {
+    uint32_t noise;
+
+    float operator()(float units) const {
+        const float lower = std::floor(units), fraction = float(int32_t(noise >> 8)) * 0x1p-24f;
+        return lower + (fraction < units - lower ? 1.0f : 0.0f);
+    }
+    uint32_t bfloat16(uint32_t size) const { return size + 0xFFFF - (noise >> 16); }
+};
+
+// Formats. Beyond the range, `rounded` gives the largest number, or inf if it does not saturate; NaN stays NaN.
+
+struct Float32 {
+    using Stored = float;
+    static constexpr bool narrow = false;
+    static constexpr uint32_t largest = 0x7F7FFFFF;
+    static float magnitude(float stored) { return std::fabs(stored); }
+    static float decode(float stored) { return stored; }
+    template <bool saturate, class Round>
+    static Rounded<float> rounded(float value, Round) { return {value, value}; }
+};
+
+struct BFloat16 {
+    using Stored = uint16_t;
+    static constexpr bool narrow = true;
+    static constexpr uint32_t largest = 0x7F7F0000;  // as float32
+    static Stored magnitude(Stored stored) { return stored & 0x7FFF; }
+    static float decode(Stored stored) { return from_bits(uint32_t(stored) << 16); }
+
+    template <bool saturate, class Round>
+    static Rounded<Stored> rounded(float value, Round round) {
+        const uint32_t size = to_bits(value) & ~SIGN;
+        const uint32_t number = round.bfloat16(std::min(size, saturate ? largest : EXPONENT));
+        const uint32_t bits = (size > EXPONENT ? 0x7FC00000 : number & 0xFFFF0000) | (to_bits(value) & SIGN);
+        return {from_bits(bits), Stored(bits >> 16)};
+    }
+};
+
+// MANTISSA bits, the exponent's BIAS, and the bits of the largest number, above which are inf or NaN.
+template <class Bits, int MANTISSA, int BIAS, uint32_t LARGEST>
+struct Narrow {
+    using Stored = Bits;
+    static constexpr bool narrow = true;
+    static constexpr int dropped = 23 - MANTISSA, width = 8 * sizeof(Bits);
+    static constexpr uint32_t sign = 1u << (width - 1), nan = sign - 1, infinity = LARGEST + 1;  // or NaN
+    static constexpr uint32_t smallest_normal = (128 - BIAS) << 23;                              // as float32
+    static constexpr uint32_t largest = (LARGEST << dropped) + ((127 - BIAS) << 23);
+    static constexpr uint32_t beyond = (largest & EXPONENT) + (1 << 23);
+
+    static Stored magnitude(Stored stored) { return stored & (sign - 1); }
+
+    static float decode(Stored stored) {
+        constexpr uint32_t exponent = 127 - BIAS, missing = 255 - exponent - (infinity >> MANTISSA);
+        const uint32_t size = magnitude(stored);
+        const uint32_t bits = (size << dropped) + (exponent << 23);
+        // A number with these bits but a leading one, which subnormal numbers lack.
+        const float with_one = from_bits(size > LARGEST ? bits + (missing << 23) : bits);
+        const uint32_t too_much = to_bits(from_bits(smallest_normal) - with_one);
+        const float value = with_one - from_bits(std::max(int32_t(too_much), 0));  // negative: has no subnormal's bits
+        return from_bits(to_bits(value) | uint32_t(stored & sign) << (32 - width));
+    }
+
+    template <bool saturate, class Round>
+    static Rounded<Stored> rounded(float value, Round round) {
+        const uint32_t size = to_bits(value) & ~SIGN;
+        const uint32_t limited = std::min(size, saturate ? largest : beyond);
+        const uint32_t binade = std::max(limited & EXPONENT, smallest_normal);
+        const uint32_t spacing = binade - (MANTISSA << 23);
+        const float units = round(from_bits(limited) * from_bits((254u << 23) - spacing));
+        const uint32_t number = to_bits(units * from_bits(spacing));
+        const uint32_t bits = uint32_t(int32_t(units)) + (binade >> dropped) - ((128 - BIAS) << MANTISSA);
+        const bool is_nan = size > EXPONENT;
+        return {from_bits((is_nan ? 0x7FC00000 : number) | (to_bits(value) & SIGN)),
+                Stored((is_nan ? nan : bits) | (to_bits(value) >> (32 - width) & sign))};
+    }
+};
+
+using Float16 = Narrow<uint16_t, 10, 15, 0x7BFF>;
+using Float8E4M3 = Narrow<uint8_t, 3, 7, 0x7E>;
+using Float8E5M2 = Narrow<uint8_t, 2, 15, 0x7B>;
+
+using Param = PARAM;
+using State = STATE;
+enum class Scaling { none, fixed, tensor, block };
+constexpr Scaling scaling = Scaling::SCALING;
+constexpr bool scaled = scaling != Scaling::none;
+
+// It is rare that an envelope rises, and what is not written need not go back to memory. Other vectors than these have no
+// masked stores.
+#ifdef __AVX__
+constexpr bool masked = !State::narrow;
+#else
+constexpr bool masked = false;
+#endif
+
+constexpr int LONGEST = 2048;  // row
+constexpr uint32_t WEYL = 0x9E3779B1;
+
+struct Noise {
+    uint32_t origin, key;
+
+    uint32_t bits(int64_t index) const {
+        uint32_t x = origin + uint32_t(index) * WEYL;
+        x ^= x >> 16;
+        x = x * 0x7FEB352D ^ key;
+        x ^= x >> 15;
+        return x * 0x846CA68B;
+    }
+    float uniform(int64_t index) const { return float(int32_t((bits(index) & ~0xFFu) | 0x80)) * 0x1p-31f; }
+};
+
+struct Stored {
+    State::Stored *values;
+    float *scale;            // of a block each, or of the tensor
+    const float *new_scale;  // of the tensor
+};
+
+struct Run {  // consecutive values of a parameter
+    Param::Stored *param;
+    const Param::Stored *grad;
+    int64_t numel;
+    Stored exp_avg, exp_inf;
+    Noise update, round_state, round_param, round_envelope;
+};
+static_assert(sizeof(Run) == 13 * 8, "native.py fills it with 64-bit words");
+
+struct Constants {
+    float lr, decay, weight, beta2, fixed_scale;
+    int32_t row;  // values
+};
+
+// Multiplied with: what is read, what is to be stored, what was stored.
+struct Factors {
+    float read, write, back;
+};
+
+Factors factors(const Stored &state, const Constants &constants) {
+    if (scaling == Scaling::fixed) return {1 / constants.fixed_scale, constants.fixed_scale, 1 / constants.fixed_scale};
+    if (scaling == Scaling::tensor) return {*state.scale, 1 / *state.new_scale, *state.new_scale};
+    return {1, 1, 1};
+}
+
+float power_of_two_scale(float amax) {
+    const float ratio = amax / from_bits(State::largest);
+    const uint32_t bits = to_bits(ratio);
+    const uint32_t exponent = (bits >> 23) + ((bits & ~EXPONENT) != 0);
+    return ratio == 0 ? 1 : from_bits(std::min(std::max(exponent, 1u), 254u) << 23);
+}
+
+// The scale of a block of n values >= 0 or of their magnitudes.
+void rescale(const float *values, int n, float *scale, Factors &factors) {
+    uint32_t largest = 0;
+    #pragma omp simd reduction(max : largest)
+    for (int i = 0; i < n; ++i) largest = std::max(largest, to_bits(values[i]) & ~SIGN);
+    *scale = factors.back = power_of_two_scale(from_bits(largest));
+    factors.write = 1 / factors.back;
+}
+
+// The larger of two numbers >= 0, NaN if one is.
+float larger(float a, float b) { return from_bits(std::max(to_bits(a), to_bits(b))); }
+
+float momentum(float m, float grad, const Constants &constants) {
+    return m + ((MAXIMIZE ? -grad : grad) - m) * constants.weight;
+}
+
+// m_t of n values from index `at` on, as stored.
+void update_momentum(const Run &run, int64_t at, int n, Factors factors, const Constants &constants, float *m) {
+    const Param::Stored *grad = run.grad + at;
+    State::Stored *stored = run.exp_avg.values + at;
+    const auto next = [&](int i) {
+        const float before = State::decode(stored[i]);
+        return momentum(scaled ? before * factors.read : before, Param::decode(grad[i]), constants);
+    };
+    const auto store = [&](float value, int i) {
+        if (scaled) value *= factors.write;
+        const auto rounded = [&] {
+            if constexpr (ROUND_STATE) return State::template rounded<true>(value, AtRandom{run.round_state.bits(at + i)});
+            else return State::template rounded<true>(value, ToNearest());
+        }();
+        stored[i] = rounded.bits;
+        m[i] = scaled ? rounded.value * factors.back : rounded.value;
+    };
+    if (scaling == Scaling::block) {
+        float *scale = run.exp_avg.scale + at / constants.row;
+        factors.read = *scale;
+        #pragma omp simd
+        for (int i = 0; i < n; ++i) m[i] = next(i);
+        rescale(m, n, scale, factors);
+        #pragma omp simd
+        for (int i = 0; i < n; ++i) store(m[i], i);
+        return;
+    }
+    #pragma omp simd
+    for (int i = 0; i < n; ++i) store(next(i), i);
+}
+
+// G_t = max(beta2 G_{t-1}, |m_t|), as stored.
+void update_envelope(const Run &run, int64_t at, int n, Factors factors, const Constants &constants, const float *m,
+                     float *G) {
+    State::Stored *stored = run.exp_inf.values + at;
+    if (!scaled && constants.beta2 == 1) {  // m_t is a number of the format already
+        const State::Stored *of_m = run.exp_avg.values + at;
+        #pragma omp simd
+        for (int i = 0; i < n; ++i) {
+            const State::Stored size = State::magnitude(of_m[i]), before = stored[i];
+            if constexpr (masked) {
+                if (size > before || size != size) stored[i] = size;
+            } else {
+                stored[i] = size > before || size != size ? size : before;
+            }
+        }
+        #pragma omp simd
+        for (int i = 0; i < n; ++i) G[i] = State::decode(stored[i]);
+        return;
+    }
+    const auto decayed = [&](int i) {
+        const float before = State::decode(stored[i]);
+        return (scaled ? before * factors.read : before) * constants.beta2;
+    };
+    const auto store = [&](float value, float at_least, int i) {
+        if (scaled) value *= factors.write, at_least *= factors.write;
+        auto rounded = State::template rounded<true>(DECAYS ? at_least : larger(value, at_least), Up());
+        if constexpr (DECAYS) {  // what is left of a decay is rounded at random: up would undo it
+            const auto random = State::template rounded<true>(value, AtRandom{run.round_envelope.bits(at + i)});
+            rounded = {larger(random.value, rounded.value), std::max(random.bits, rounded.bits)};
+        }
+        stored[i] = rounded.bits;
+        G[i] = scaled ? rounded.value * factors.back : rounded.value;
+    };
+    if (scaling == Scaling::block) {
+        float *scale = run.exp_inf.scale + at / constants.row;
+        factors.read = *scale;
+        float largest[LONGEST];
+        #pragma omp simd
+        for (int i = 0; i < n; ++i) {
+            G[i] = decayed(i);
+            largest[i] = larger(std::fabs(m[i]), G[i]);
+        }
+        rescale(largest, n, scale, factors);
+        #pragma omp simd
+        for (int i = 0; i < n; ++i) store(G[i], std::fabs(m[i]), i);
+        return;
+    }
+    #pragma omp simd
+    for (int i = 0; i < n; ++i) store(decayed(i), std::fabs(m[i]), i);
+}
+
+// value - step * sign(direction)
+float stepped(float value, float step, float direction) {
+    const float signed_step = from_bits(to_bits(step) ^ (to_bits(direction) & SIGN));
+    return direction < 0 || direction > 0 ? value - signed_step : value;
+}
+
+void update_param(const Run &run, int64_t at, int n, const Constants &constants, const float *m, const float *G) {
+    Param::Stored *param = run.param + at;
+    const Param::Stored *grad = run.grad + at;
+    #pragma omp simd
+    for (int i = 0; i < n; ++i) {
+        float value = Param::decode(param[i]) * constants.decay;
+        if constexpr (STOCHASTIC) {
+            value = stepped(value, constants.lr, run.update.uniform(at + i) * G[i] + m[i]);
+        } else if constexpr (ENVELOPE) {
+            value -= (G[i] == 0 ? 0 : m[i] / G[i]) * constants.lr;
+        } else {
+            value = stepped(value, constants.lr, MOMENTUM ? m[i] : (MAXIMIZE ? -1 : 1) * Param::decode(grad[i]));
+        }
+        if constexpr (ROUND_PARAM) {
+            param[i] = Param::rounded<true>(value, AtRandom{run.round_param.bits(at + i)}).bits;
+        } else {
+            param[i] = Param::rounded<false>(value, ToNearest()).bits;
+        }
+    }
+}
+
+// The largest |m_t| before it is stored and the largest beta2 G_{t-1} of n values.
+void find_largest(const Run &run, int64_t at, int n, const Constants &constants, float &of_m, float &of_G) {
+    const Param::Stored *grad = run.grad + at;
+    const State::Stored *stored = run.exp_avg.values + at;
+    const float scale = *run.exp_avg.scale;
+    uint32_t m = 0;
+    #pragma omp simd reduction(max : m)
+    for (int i = 0; i < n; ++i) {
+        const float next = momentum(State::decode(stored[i]) * scale, Param::decode(grad[i]), constants);
+        m = std::max(m, to_bits(next) & ~SIGN);
+    }
+    of_m = larger(of_m, from_bits(m));
+    if constexpr (ENVELOPE) {
+        const State::Stored *envelope = run.exp_inf.values + at;
+        State::Stored G = 0;
+        #pragma omp simd reduction(max : G)
+        for (int i = 0; i < n; ++i) {
+            const State::Stored size = State::magnitude(envelope[i]);
+            G = size > G ? size : G;
+        }
+        of_G = larger(of_G, State::decode(G) * *run.exp_inf.scale * constants.beta2);
+    }
+}
+
+// Calls visit(run, first value, values) for each row, a thread with its share of consecutive ones, and finish(number of
+// the run) after a thread's rows of it; each thread with a worker of its own.
+template <class Worker>
+void for_rows(const Run *runs, int64_t count, int64_t length, int threads, const Worker &worker) {
+    int64_t total = 0;
+    for (int64_t k = 0; k < count; ++k) total += (runs[k].numel + length - 1) / length;
+    #pragma omp parallel for num_threads(threads) schedule(static, 1)
+    for (int thread = 0; thread < threads; ++thread) {
+        Worker own = worker;
+        int64_t first = total * thread / threads, last = total * (thread + 1) / threads;
+        for (int64_t k = 0; k < count; ++k) {
+            const Run run = runs[k];
+            const int64_t rows = (run.numel + length - 1) / length;
+            const int64_t end = std::min(last, rows);
+            for (int64_t row = std::max<int64_t>(first, 0); row < end; ++row) {
+                const int64_t at = row * length;
+                own.visit(run, at, int(std::min(length, run.numel - at)));
+            }
+            own.finish(k);
+            first -= rows;
+            last -= rows;
+        }
+    }
+}
+
+struct Update {
+    Constants constants;
+
+    void visit(const Run &run, int64_t at, int n) const {
+        alignas(64) float m[LONGEST], G[LONGEST];
+        if constexpr (MOMENTUM) update_momentum(run, at, n, factors(run.exp_avg, constants), constants, m);
+        if constexpr (ENVELOPE) update_envelope(run, at, n, factors(run.exp_inf, constants), constants, m, G);
+        update_param(run, at, n, constants, m, G);
+    }
+    void finish(int64_t) const {}
+};
+
+struct Largest {
+    Constants constants;
+    float (*found)[2];  // of m and of G, for each run; 0 at first
+    float m = 0, G = 0;
+
+    void visit(const Run &run, int64_t at, int n) { find_largest(run, at, n, constants, m, G); }
+    void finish(int64_t run) {
+        #pragma omp critical
+        {
+            found[run][0] = larger(found[run][0], m);
+            found[run][1] = larger(found[run][1], G);
+        }
+        m = G = 0;
+    }
+};
+
+}  // namespace
+
+extern "C" void update(const Run *runs, int64_t count, const Constants *constants, int threads) {
+    for_rows(runs, count, constants->row, threads, Update{*constants});
+}
+
+extern "C" void largest(const Run *runs, int64_t count, const Constants *constants, int threads, float (*found)[2]) {
+    for_rows(runs, count, constants->row, threads, Largest{*constants, found});
+}

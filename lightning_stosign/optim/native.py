@@ -1,0 +1,188 @@
+"""The update on the CPU as native code: all parameters of a kind in one call, each value read and written once.
+
+It gives the eager path's bits.
+"""
+
+from array import array
+from collections.abc import Iterable, Mapping, Sequence
+from ctypes import CDLL, Structure, byref, c_float, c_int32
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from lightning_stosign.optim.job import SEGMENT, Job
+from lightning_stosign.optim.native_build import native_library
+from lightning_stosign.optim.noise import Stream, hash_words
+from lightning_stosign.optim.state_precision import StatePrecision
+from lightning_stosign.optim.update import UpdateSpec
+
+LONGEST_BLOCK = 2048  # LONGEST in csrc/step.cpp
+
+_FORMATS = {
+    torch.float32: "Float32",
+    torch.bfloat16: "BFloat16",
+    torch.float16: "Float16",
+    torch.float8_e4m3fn: "Float8E4M3",
+    torch.float8_e5m2: "Float8E5M2",
+}
+_INFINITY = {torch.float32: 0x7F800000, torch.bfloat16: 0x7F80, torch.float16: 0x7C00}  # its bits, a parameter's dtype
+
+_ROW = 512  # values
+_GRAIN = 1 << 15  # values that are worth a thread
+
+_STATES = ("exp_avg", "exp_inf")
+_STREAMS = (Stream.UPDATE, Stream.ROUND_STATE, Stream.ROUND_PARAM, Stream.ROUND_ENVELOPE)
+_NO_STATE = (0, 0, 0)
+_COLUMNS = 3 + 3 * len(_STATES) + len(_STREAMS)
+_MASK32 = (1 << 32) - 1
+
+
+class _Constants(Structure):
+    _fields_ = (*((name, c_float) for name in ("lr", "decay", "weight", "beta2", "fixed_scale")), ("row", c_int32))
+
+
+@lru_cache(maxsize=1)
+def has_native() -> bool:
+    """Return whether this machine compiles C++, by compiling the check of gradients."""
+    return native_library("finite.cpp") is not None
+
+
+def which_are_nonfinite(tensors: Sequence[Tensor]) -> list[bool] | None:
+    """Return for each tensor whether it holds inf or NaN; None where native code cannot tell."""
+    library = native_library("finite.cpp")
+    if library is None or not all(t.device.type == "cpu" and t.dtype in _INFINITY for t in tensors):
+        return None
+    dense = [tensor.contiguous() for tensor in tensors]
+    flags = [False] * len(dense)
+    for dtype in {tensor.dtype for tensor in dense}:
+        numbers = [i for i, tensor in enumerate(dense) if tensor.dtype == dtype]
+        addresses = array("Q", [dense[i].data_ptr() for i in numbers])
+        numel = array("Q", [dense[i].numel() for i in numbers])
+        found = array("B", bytes(len(numbers)))
+        look = library.nonfinite32 if dtype.itemsize == 4 else library.nonfinite16
+        look(_address(addresses), _address(numel), len(numbers), _INFINITY[dtype], _address(found), _threads(numel))
+        for i, flag in zip(numbers, found, strict=True):
+            flags[i] = bool(flag)
+    return flags
+
+
+def is_native(job: Job) -> bool:
+    """Return whether there is native code for a job; it is compiled on the way."""
+    if job.path != "native" or job.start is None or job.param.dtype != job.grad.dtype:
+        return False
+    if job.constants.finite is not True:  # the host does not know yet
+        return False
+    if job.spec.precision.scaling == "block" and job.param.numel() > SEGMENT:
+        return False
+    return _library(job) is not None
+
+
+def update(jobs: Sequence[Job], new_scales: Mapping[int, Tensor]) -> None:
+    """Run :meth:`UpdateSpec.update` on jobs that share their kind.
+
+    Args:
+        jobs: with the same :func:`kind`.
+        new_scales: of the states under ``scaling="tensor"``, float32 ``[states]``, by the job's id.
+    """
+    library = _library(jobs[0])
+    assert library is not None
+    tensors = [_contiguous(job) for job in jobs]
+    table = _table(jobs, tensors, new_scales)
+    library.update(_address(table), len(table) // _COLUMNS, byref(_constants(jobs[0])), _threads_for(jobs))
+    for job, (param, _, *states) in zip(jobs, tensors, strict=True):
+        for tensor, values in zip((job.param, *job.stored), (param, *states), strict=True):
+            if values is not tensor:
+                tensor.copy_(values)
+
+
+def largest(jobs: Sequence[Job]) -> Tensor:
+    """Run :meth:`UpdateSpec.largest` on jobs that share their kind: float32 ``[jobs, states]``."""
+    library = _library(jobs[0])
+    assert library is not None
+    tensors = [_contiguous(job) for job in jobs]  # to be kept until they have been read
+    table = _table(jobs, tensors, {})
+    found = torch.zeros(len(table) // _COLUMNS, len(_STATES))
+    constants = _constants(jobs[0])
+    library.largest(_address(table), len(found), byref(constants), _threads_for(jobs), found.data_ptr())
+    of_jobs = found.split([len(_segments(job)) for job in jobs])
+    return torch.stack([of_job.amax(dim=0) for of_job in of_jobs])[:, : len(jobs[0].spec.rule.states)]
+
+
+def _contiguous(job: Job) -> list[Tensor]:
+    return [tensor.contiguous() for tensor in (job.param, job.grad, *job.stored)]
+
+
+def _segments(job: Job) -> list[tuple[int, int]]:
+    """Return (first value, values) of the pieces whose noise has one key."""
+    start, total = job.start or 0, job.param.numel()
+    ends = [*range(SEGMENT - start % SEGMENT, total, SEGMENT), total]
+    return [(first, end - first) for first, end in zip([0, *ends], ends, strict=False)]
+
+
+def _table(jobs: Sequence[Job], tensors: Sequence[Sequence[Tensor]], new_scales: Mapping[int, Tensor]) -> "array[int]":
+    """Return what csrc/step.cpp calls a Run for each segment of each job: addresses, and the noise's words."""
+    streams = [stream if stream in jobs[0].spec.streams else None for stream in _STREAMS]
+    missing = _NO_STATE * (len(_STATES) - len(jobs[0].spec.rule.states))
+    table: list[int] = []
+    for job, (param, grad, *states) in zip(jobs, tensors, strict=True):
+        new = new_scales.get(id(job))
+        for first, count in _segments(job):
+            at = first * param.element_size()
+            table += (param.data_ptr() + at, grad.data_ptr() + at, count)
+            for i, (stored, scale) in enumerate(zip(states, job.scales, strict=True)):
+                table.append(stored.data_ptr() + first * stored.element_size())
+                table.append(0 if scale is None else scale.data_ptr())
+                table.append(0 if new is None else new.data_ptr() + 4 * i)
+            table += missing
+            for stream in streams:
+                origin, key = (0, 0) if stream is None else hash_words(job.keys[stream], (job.start or 0) + first)
+                table.append((origin & _MASK32) | (key & _MASK32) << 32)
+    return array("Q", table)
+
+
+def _constants(job: Job) -> _Constants:
+    precision = job.spec.precision
+    row = precision.block_size if precision.scaling == "block" else _ROW
+    lr, decay, weight, beta2, _ = job.constants
+    return _Constants(float(lr), float(decay), float(weight), float(beta2), precision.static_scale, row)
+
+
+def _library(job: Job) -> CDLL | None:
+    return _library_of(job.spec, job.param.dtype)
+
+
+@lru_cache(maxsize=256)
+def _library_of(spec: UpdateSpec, dtype: torch.dtype) -> CDLL | None:
+    precision, streams = spec.precision, spec.streams
+    if dtype not in _INFINITY or precision.dtype not in _FORMATS:
+        return None
+    if precision.scaling == "block" and precision.block_size > LONGEST_BLOCK:
+        return None
+    choices = {
+        "MOMENTUM": "exp_avg" in spec.rule.states,
+        "ENVELOPE": "exp_inf" in spec.rule.states,
+        "MAXIMIZE": spec.rule.maximize,
+        "STOCHASTIC": Stream.UPDATE in streams,
+        "DECAYS": Stream.ROUND_ENVELOPE in streams,
+        "ROUND_STATE": Stream.ROUND_STATE in streams,
+        "ROUND_PARAM": Stream.ROUND_PARAM in streams,
+    }
+    formats = f"PARAM={_FORMATS[dtype]}", f"STATE={_FORMATS[precision.dtype]}", f"SCALING={_scaling(precision)}"
+    return native_library("step.cpp", *formats, *(f"{name}={int(choice)}" for name, choice in choices.items()))
+
+
+def _scaling(precision: StatePrecision) -> str:
+    return "fixed" if precision.static_scale != 1 else precision.scaling
+
+
+def _threads_for(jobs: Iterable[Job]) -> int:
+    return _threads(job.param.numel() for job in jobs)
+
+
+def _threads(numel: Iterable[int]) -> int:
+    return max(1, min(torch.get_num_threads(), sum(numel) // _GRAIN))
+
+
+def _address(values: "array[int]") -> int:
+    return values.buffer_info()[0]
