@@ -22,7 +22,10 @@ from lightning_stosign.optim.storage import init_state, pack, read_state, unpack
 FP4 = "fp4-block:min_numel=0"
 PRECISION = StatePrecision.parse(FP4)
 quarters = hnp.arrays(np.float32, 16, elements=st.integers(-28, 28).map(lambda n: n / 4))
-arrays = hnp.arrays(np.float32, st.integers(1, 70), elements=st.floats(-(2.0**20), 2.0**20, width=32))
+# A tensor that rounds to zeros, as one of subnormal numbers may, has another scale the next time.
+arrays = hnp.arrays(
+    np.float32, st.integers(1, 70), elements=st.floats(-(2.0**20), 2.0**20, width=32, allow_subnormal=False)
+)
 roundings = pytest.mark.parametrize("rounding", ["nearest", "up"])
 
 
