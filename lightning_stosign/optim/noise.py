@@ -87,7 +87,7 @@ def uniform_noise(key: int, numel: int, *, start: int = 0, device: torch.device 
     for at, bits in _hashed_chunks(key, numel, start, noise.device):
         # As noise_from_bits, in place; two passes are faster than one multiplication of mixed types.
         part = noise[at : at + bits.numel()]
-        part.copy_(bits.bitwise_and_(-256).bitwise_or_(128)).mul_(2.0**-31)
+        part.copy_(bits.bitwise_and_(_scalar(-256)).bitwise_or_(_scalar(128))).mul_(2.0**-31)
     return noise
 
 
@@ -102,7 +102,7 @@ def uniform_fraction(key: int, numel: int, *, start: int = 0, device: torch.devi
     fraction = torch.empty(numel, dtype=torch.float32, device=device)
     for at, bits in _hashed_chunks(key, numel, start, fraction.device):
         part = fraction[at : at + bits.numel()]
-        part.copy_(bits.bitwise_right_shift_(8).bitwise_and_((1 << 24) - 1)).mul_(2.0**-24)
+        part.copy_(bits.bitwise_right_shift_(_scalar(8)).bitwise_and_(_scalar((1 << 24) - 1))).mul_(2.0**-24)
     return fraction
 
 
@@ -120,7 +120,8 @@ def fair_coins(key: int, numel: int, *, start: int = 0, device: torch.device | s
     for at, bits in _hashed_chunks(key, words.numel(), first, words.device):
         # The mixer's last shift: the sign of a lower byte needs it.
         part = words[at : at + bits.numel()]
-        torch.bitwise_right_shift(bits, _SHIFT_3, out=part).bitwise_and_(_MASK32 >> _SHIFT_3).bitwise_xor_(bits)
+        torch.bitwise_right_shift(bits, _scalar(_SHIFT_3), out=part)
+        part.bitwise_and_(_scalar(_MASK32 >> _SHIFT_3)).bitwise_xor_(bits)
     return coins[start % 4 : start % 4 + numel]
 
 
@@ -180,18 +181,24 @@ def _hashed_chunks(key: int, numel: int, start: int, device: torch.device) -> It
     done = 0
     while done < numel:
         count = min(chunk, numel - done, (1 << 32) - (start + done) % (1 << 32))
-        bits, scratch = buffers[0, :count], buffers[1, :count]
+        bits, scratch = (buffers if count == buffers.shape[1] else buffers[:, :count]).unbind()
         origin, high = hash_words(key, start + done)
         torch.add(sequence[:count], origin, out=bits)
         # torch's >> is arithmetic: the mask makes it logical.
-        torch.bitwise_right_shift(bits, _SHIFT_1, out=scratch)
-        bits.bitwise_xor_(scratch.bitwise_and_(_MASK32 >> _SHIFT_1))
-        bits.mul_(signed32(_MULTIPLIER_1)).bitwise_xor_(high)
-        torch.bitwise_right_shift(bits, _SHIFT_2, out=scratch)
-        bits.bitwise_xor_(scratch.bitwise_and_(_MASK32 >> _SHIFT_2))
-        bits.mul_(signed32(_MULTIPLIER_2))
+        torch.bitwise_right_shift(bits, _scalar(_SHIFT_1), out=scratch)
+        bits.bitwise_xor_(scratch.bitwise_and_(_scalar(_MASK32 >> _SHIFT_1)))
+        bits.mul_(_scalar(signed32(_MULTIPLIER_1))).bitwise_xor_(high)
+        torch.bitwise_right_shift(bits, _scalar(_SHIFT_2), out=scratch)
+        bits.bitwise_xor_(scratch.bitwise_and_(_scalar(_MASK32 >> _SHIFT_2)))
+        bits.mul_(_scalar(signed32(_MULTIPLIER_2)))
         yield done, bits
         done += count
+
+
+@lru_cache(maxsize=64)
+def _scalar(number: int) -> Tensor:
+    """Return an operand for int32 tensors on any device: torch would make a 64-bit one of a number, and convert it."""
+    return torch.tensor(number, dtype=torch.int32)
 
 
 def _splitmix64(x: int) -> int:

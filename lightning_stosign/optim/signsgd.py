@@ -29,6 +29,11 @@ class SignRule(Rule):
         """The momentum, if there is one."""
         return ("exp_avg",) if self.momentum else ()
 
+    @property
+    def gives_signs(self) -> bool:
+        """Always."""
+        return True
+
     def streams(self) -> tuple[Stream, ...]:
         """Return no stream: nothing is drawn."""
         return ()

@@ -33,6 +33,11 @@ class StoSignRule(Rule):
         """The momentum and its envelope."""
         return "exp_avg", "exp_inf"
 
+    @property
+    def gives_signs(self) -> bool:
+        """Not in expectation."""
+        return self.stochastic
+
     def streams(self) -> tuple[Stream, ...]:
         """Return the streams of n_t and of the decayed envelope's rounding."""
         used = ((Stream.UPDATE, self.stochastic), (Stream.ROUND_ENVELOPE, self.decays))

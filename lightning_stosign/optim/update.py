@@ -219,6 +219,11 @@ class Rule(ABC):
     def states(self) -> tuple[str, ...]:
         """The names of its states."""
 
+    @property
+    @abstractmethod
+    def gives_signs(self) -> bool:
+        """Whether each value of the direction is -1, 0 or 1."""
+
     @abstractmethod
     def streams(self) -> tuple[Stream, ...]:
         """Return the noise that the direction draws, besides that of the rounding."""
@@ -281,7 +286,10 @@ class UpdateSpec:
         value = param if in_place else param.to(torch.float32)
         if not is_one(constants.decay):
             value.mul_(constants.decay)
-        value.sub_(direction.mul_(constants.lr))
+        if self.rule.gives_signs and not isinstance(constants.lr, Tensor):
+            value.sub_(direction, alpha=constants.lr)  # one pass instead of two: times a sign is exact
+        else:
+            value.sub_(direction.mul_(constants.lr))
         if self.round_param and not in_place:
             # A step of lr is often below half the spacing of the parameter's numbers, and would be lost each time.
             value = round_stochastically(value, param.dtype, noise.fraction(Stream.ROUND_PARAM))
