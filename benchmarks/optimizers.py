@@ -33,8 +33,20 @@ def _pytorch_optimizer(name: str) -> Make:
     return make
 
 
+def _checked(params: list[nn.Parameter]) -> Optimizer:
+    optimizer = AdamW(params, fused=True)
+
+    def check(*_: object) -> None:
+        if not all(total.isfinite() for total in [param.grad.sum() for param in params if param.grad is not None]):
+            raise RuntimeError("a gradient is not finite")
+
+    optimizer.register_step_pre_hook(check)
+    return optimizer
+
+
 OPTIMIZERS: dict[str, Make] = {
     BASELINE: lambda params: AdamW(params, fused=True),
+    "AdamW, fused, checked": _checked,
     "AdamW, foreach": lambda params: AdamW(params, foreach=True),
     "SGD momentum, fused": lambda params: SGD(params, 1e-3, momentum=0.9, fused=True),
     "torchao AdamWFp8": _torchao("AdamWFp8"),

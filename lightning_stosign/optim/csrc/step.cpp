@@ -59,6 +59,9 @@ struct AtRandom {
     uint32_t bfloat16(uint32_t size) const { return size + 0xFFFF - (noise >> 16); }
 };
 
+// What is known of a number: a parameter's or momentum's sign is kept, an envelope has none.
+enum class Kind { number, size };
+
 // Formats. Beyond the range, `rounded` gives the largest number, or inf if it does not saturate; NaN stays NaN.
 
 struct Float32 {
@@ -66,8 +69,9 @@ struct Float32 {
     static constexpr bool narrow = false;
     static constexpr uint32_t largest = 0x7F7FFFFF;
     static float magnitude(float stored) { return std::fabs(stored); }
+    template <Kind = Kind::number>
     static float decode(float stored) { return stored; }
-    template <bool saturate, class Round>
+    template <bool saturate, Kind = Kind::number, class Round>
     static Rounded<float> rounded(float value, Round) { return {value, value}; }
 };
 
@@ -76,9 +80,10 @@ struct BFloat16 {
     static constexpr bool narrow = true;
     static constexpr uint32_t largest = 0x7F7F0000;  // as float32
     static Stored magnitude(Stored stored) { return stored & 0x7FFF; }
+    template <Kind = Kind::number>
     static float decode(Stored stored) { return from_bits(uint32_t(stored) << 16); }
 
-    template <bool saturate, class Round>
+    template <bool saturate, Kind = Kind::number, class Round>
     static Rounded<Stored> rounded(float value, Round round) {
         const uint32_t size = to_bits(value) & ~SIGN;
         const uint32_t number = round.bfloat16(std::min(size, saturate ? largest : EXPONENT));
@@ -100,6 +105,7 @@ struct Narrow {
 
     static Stored magnitude(Stored stored) { return stored & (sign - 1); }
 
+    template <Kind kind = Kind::number>
     static float decode(Stored stored) {
         constexpr uint32_t exponent = 127 - BIAS, missing = 255 - exponent - (infinity >> MANTISSA);
         const uint32_t size = magnitude(stored);
@@ -108,12 +114,13 @@ struct Narrow {
         const float with_one = from_bits(size > LARGEST ? bits + (missing << 23) : bits);
         const uint32_t too_much = to_bits(from_bits(smallest_normal) - with_one);
         const float value = with_one - from_bits(std::max(int32_t(too_much), 0));  // negative: has no subnormal's bits
-        return from_bits(to_bits(value) | uint32_t(stored & sign) << (32 - width));
+        return kind == Kind::size ? value : from_bits(to_bits(value) | uint32_t(stored & sign) << (32 - width));
     }
 
-    template <bool saturate, class Round>
+    template <bool saturate, Kind kind = Kind::number, class Round>
     static Rounded<Stored> rounded(float value, Round round) {
-        const uint32_t size = to_bits(value) & ~SIGN;
+        const uint32_t sign_of_value = kind == Kind::size ? 0 : to_bits(value) & SIGN;
+        const uint32_t size = kind == Kind::size ? to_bits(value) : to_bits(value) & ~SIGN;
         const uint32_t limited = std::min(size, saturate ? largest : beyond);
         const uint32_t binade = std::max(limited & EXPONENT, smallest_normal);
         const uint32_t spacing = binade - (MANTISSA << 23);
@@ -121,8 +128,8 @@ struct Narrow {
         const uint32_t number = to_bits(units * from_bits(spacing));
         const uint32_t bits = uint32_t(int32_t(units)) + (binade >> dropped) - ((128 - BIAS) << MANTISSA);
         const bool is_nan = size > EXPONENT;
-        return {from_bits((is_nan ? 0x7FC00000 : number) | (to_bits(value) & SIGN)),
-                Stored((is_nan ? nan : bits) | (to_bits(value) >> (32 - width) & sign))};
+        return {from_bits((is_nan ? 0x7FC00000 : number) | sign_of_value),
+                Stored((is_nan ? nan : bits) | sign_of_value >> (32 - width))};
     }
 };
 
@@ -136,28 +143,40 @@ enum class Scaling { none, fixed, tensor, block };
 constexpr Scaling scaling = Scaling::SCALING;
 constexpr bool scaled = scaling != Scaling::none;
 
-// It is rare that an envelope rises, and what is not written need not go back to memory. Other vectors than these have no
-// masked stores.
-#ifdef __AVX__
-constexpr bool masked = !State::narrow;
+// Whether to write only those envelopes that rise, since what is not written need not go back to memory: in a run's 50th
+// step one cache line in 60 has one, in its 200th one in 250. Vectors need masked stores for it.
+#if defined(__AVX512BW__)
+constexpr bool only_risen = true;
+#elif defined(__AVX__)
+constexpr bool only_risen = !State::narrow;
 #else
-constexpr bool masked = false;
+constexpr bool only_risen = false;
 #endif
 
 constexpr int LONGEST = 2048;  // row
 constexpr uint32_t WEYL = 0x9E3779B1;
 
+// The Weyl sequence of a row: loading it is cheaper than multiplying.
+struct Sequence {
+    uint32_t values[LONGEST];
+    constexpr Sequence() : values() {
+        for (int i = 0; i < LONGEST; ++i) values[i] = uint32_t(i) * WEYL;
+    }
+};
+constexpr Sequence sequence;
+
 struct Noise {
     uint32_t origin, key;
 
-    uint32_t bits(int64_t index) const {
-        uint32_t x = origin + uint32_t(index) * WEYL;
+    Noise from(int64_t index) const { return {origin + uint32_t(index) * WEYL, key}; }
+    uint32_t bits(int i) const {
+        uint32_t x = origin + sequence.values[i];
         x ^= x >> 16;
         x = x * 0x7FEB352D ^ key;
         x ^= x >> 15;
         return x * 0x846CA68B;
     }
-    float uniform(int64_t index) const { return float(int32_t((bits(index) & ~0xFFu) | 0x80)) * 0x1p-31f; }
+    float uniform(int i) const { return float(int32_t((bits(i) & ~0xFFu) | 0x80)) * 0x1p-31f; }
 };
 
 struct Stored {
@@ -218,6 +237,7 @@ float momentum(float m, float grad, const Constants &constants) {
 void update_momentum(const Run &run, int64_t at, int n, Factors factors, const Constants &constants, float *m) {
     const Param::Stored *grad = run.grad + at;
     State::Stored *stored = run.exp_avg.values + at;
+    const Noise noise = run.round_state.from(at);
     const auto next = [&](int i) {
         const float before = State::decode(stored[i]);
         return momentum(scaled ? before * factors.read : before, Param::decode(grad[i]), constants);
@@ -225,7 +245,7 @@ void update_momentum(const Run &run, int64_t at, int n, Factors factors, const C
     const auto store = [&](float value, int i) {
         if (scaled) value *= factors.write;
         const auto rounded = [&] {
-            if constexpr (ROUND_STATE) return State::template rounded<true>(value, AtRandom{run.round_state.bits(at + i)});
+            if constexpr (ROUND_STATE) return State::template rounded<true>(value, AtRandom{noise.bits(i)});
             else return State::template rounded<true>(value, ToNearest());
         }();
         stored[i] = rounded.bits;
@@ -254,25 +274,26 @@ void update_envelope(const Run &run, int64_t at, int n, Factors factors, const C
         #pragma omp simd
         for (int i = 0; i < n; ++i) {
             const State::Stored size = State::magnitude(of_m[i]), before = stored[i];
-            if constexpr (masked) {
+            if constexpr (only_risen) {
                 if (size > before || size != size) stored[i] = size;
             } else {
                 stored[i] = size > before || size != size ? size : before;
             }
         }
         #pragma omp simd
-        for (int i = 0; i < n; ++i) G[i] = State::decode(stored[i]);
+        for (int i = 0; i < n; ++i) G[i] = State::template decode<Kind::size>(stored[i]);
         return;
     }
+    const Noise noise = run.round_envelope.from(at);
     const auto decayed = [&](int i) {
-        const float before = State::decode(stored[i]);
+        const float before = State::template decode<Kind::size>(stored[i]);
         return (scaled ? before * factors.read : before) * constants.beta2;
     };
     const auto store = [&](float value, float at_least, int i) {
         if (scaled) value *= factors.write, at_least *= factors.write;
-        auto rounded = State::template rounded<true>(DECAYS ? at_least : larger(value, at_least), Up());
+        auto rounded = State::template rounded<true, Kind::size>(DECAYS ? at_least : larger(value, at_least), Up());
         if constexpr (DECAYS) {  // what is left of a decay is rounded at random: up would undo it
-            const auto random = State::template rounded<true>(value, AtRandom{run.round_envelope.bits(at + i)});
+            const auto random = State::template rounded<true, Kind::size>(value, AtRandom{noise.bits(i)});
             rounded = {larger(random.value, rounded.value), std::max(random.bits, rounded.bits)};
         }
         stored[i] = rounded.bits;
@@ -305,18 +326,19 @@ float stepped(float value, float step, float direction) {
 void update_param(const Run &run, int64_t at, int n, const Constants &constants, const float *m, const float *G) {
     Param::Stored *param = run.param + at;
     const Param::Stored *grad = run.grad + at;
+    const Noise noise = run.update.from(at), rounding = run.round_param.from(at);
     #pragma omp simd
     for (int i = 0; i < n; ++i) {
         float value = Param::decode(param[i]) * constants.decay;
         if constexpr (STOCHASTIC) {
-            value = stepped(value, constants.lr, run.update.uniform(at + i) * G[i] + m[i]);
+            value = stepped(value, constants.lr, noise.uniform(i) * G[i] + m[i]);
         } else if constexpr (ENVELOPE) {
             value -= (G[i] == 0 ? 0 : m[i] / G[i]) * constants.lr;
         } else {
             value = stepped(value, constants.lr, MOMENTUM ? m[i] : (MAXIMIZE ? -1 : 1) * Param::decode(grad[i]));
         }
         if constexpr (ROUND_PARAM) {
-            param[i] = Param::rounded<true>(value, AtRandom{run.round_param.bits(at + i)}).bits;
+            param[i] = Param::rounded<true>(value, AtRandom{rounding.bits(i)}).bits;
         } else {
             param[i] = Param::rounded<false>(value, ToNearest()).bits;
         }
