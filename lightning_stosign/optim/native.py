@@ -149,11 +149,11 @@ def _constants(job: Job) -> _Constants:
 
 
 def _library(job: Job) -> CDLL | None:
-    return _library_of(job.spec, job.param.dtype)
+    return _library_of(job.spec, job.param.dtype, job.constants.beta2 != 1)
 
 
 @lru_cache(maxsize=256)
-def _library_of(spec: UpdateSpec, dtype: torch.dtype) -> CDLL | None:
+def _library_of(spec: UpdateSpec, dtype: torch.dtype, decays: bool) -> CDLL | None:
     precision, streams = spec.precision, spec.streams
     if dtype not in _INFINITY or precision.dtype not in _FORMATS:
         return None
@@ -164,8 +164,9 @@ def _library_of(spec: UpdateSpec, dtype: torch.dtype) -> CDLL | None:
         "ENVELOPE": "exp_inf" in spec.rule.states,
         "MAXIMIZE": spec.rule.maximize,
         "STOCHASTIC": Stream.UPDATE in streams,
-        "DECAYS": Stream.ROUND_ENVELOPE in streams,
+        "DECAYS": decays,
         "ROUND_STATE": Stream.ROUND_STATE in streams,
+        "ROUND_DECAYED": Stream.ROUND_ENVELOPE in streams,
         "ROUND_PARAM": Stream.ROUND_PARAM in streams,
     }
     formats = f"PARAM={_FORMATS[dtype]}", f"STATE={_FORMATS[precision.dtype]}", f"SCALING={_scaling(precision)}"

@@ -8,7 +8,8 @@ namespace {
 constexpr int64_t LENGTH = 1 << 14;  // values that a thread looks at in one go
 
 template <class Bits>
-void nonfinite(const Bits *const *tensors, const int64_t *numel, int64_t count, Bits infinity, uint8_t *found, int threads) {
+void nonfinite(const Bits *const *tensors, const int64_t *numel, int64_t count, Bits infinity, uint8_t *found,
+               int threads) {
     int64_t total = 0;
     for (int64_t k = 0; k < count; ++k) total += (numel[k] + LENGTH - 1) / LENGTH;
     #pragma omp parallel for num_threads(threads) schedule(static, 1)

@@ -1,14 +1,16 @@
 // One step of StoSignSGD or SignSGD on the CPU, in one pass over parameters, gradients and states.
 //
-// The arithmetic of update.py, rounding.py and noise.py, operation by operation and hence with the same bits; what each is
-// for is said there. native.py compiles this for one kind of update, whose choices are the macros:
+// The arithmetic of update.py, rounding.py and noise.py, operation by operation and hence with the same bits; what each
+// is for is said there. native.py compiles this for one kind of update, whose choices are the macros:
 //   PARAM, STATE          formats, of those below
 //   SCALING               of the states: none, fixed, tensor or block
 //   MOMENTUM, ENVELOPE    which states there are
-//   STOCHASTIC, MAXIMIZE, DECAYS, ROUND_STATE, ROUND_PARAM
-//                         whether to draw noise, to ascend, to round a decayed envelope, momentum or parameter at random
-// A tensor goes through in rows, short enough that their buffers stay in the first-level cache; every loop over a row is
-// one that compilers vectorise. There must be no contraction to fused multiply-adds.
+//   STOCHASTIC, MAXIMIZE, DECAYS
+//                         whether to draw noise, to ascend, and whether beta2 is less than 1
+//   ROUND_STATE, ROUND_DECAYED, ROUND_PARAM
+//                         whether momentum, what is left of an envelope, or parameter are rounded at random
+// A tensor goes through in rows, short enough that their buffers stay in the first-level cache; every loop over a row
+// is one that compilers vectorise. There must be no contraction to fused multiply-adds.
 
 #include <algorithm>
 #include <cmath>
@@ -142,9 +144,10 @@ using State = STATE;
 enum class Scaling { none, fixed, tensor, block };
 constexpr Scaling scaling = Scaling::SCALING;
 constexpr bool scaled = scaling != Scaling::none;
+constexpr bool only_rises = !DECAYS && !scaled;  // the envelope
 
-// Whether to write only those envelopes that rise, since what is not written need not go back to memory: in a run's 50th
-// step one cache line in 60 has one, in its 200th one in 250. Vectors need masked stores for it.
+// Whether to write only those envelopes that rise, since what is not written need not go back to memory: of a small
+// GPT's cache lines one in 60 has such an envelope in the 50th step, one in 250 in the 200th. It needs masked stores.
 #if defined(__AVX512BW__)
 constexpr bool only_risen = true;
 #elif defined(__AVX__)
@@ -205,6 +208,7 @@ struct Factors {
 };
 
 Factors factors(const Stored &state, const Constants &constants) {
+    if (state.values == nullptr) return {1, 1, 1};
     if (scaling == Scaling::fixed) return {1 / constants.fixed_scale, constants.fixed_scale, 1 / constants.fixed_scale};
     if (scaling == Scaling::tensor) return {*state.scale, 1 / *state.new_scale, *state.new_scale};
     return {1, 1, 1};
@@ -233,89 +237,68 @@ float momentum(float m, float grad, const Constants &constants) {
     return m + ((MAXIMIZE ? -grad : grad) - m) * constants.weight;
 }
 
-// m_t of n values from index `at` on, as stored.
-void update_momentum(const Run &run, int64_t at, int n, Factors factors, const Constants &constants, float *m) {
-    const Param::Stored *grad = run.grad + at;
-    State::Stored *stored = run.exp_avg.values + at;
-    const Noise noise = run.round_state.from(at);
-    const auto next = [&](int i) {
+// A row's momenta.
+struct MomentumRow {
+    const Param::Stored *grad;
+    State::Stored *stored;
+    Factors factors;
+    Noise noise;
+    const Constants &constants;
+
+    // m_t before it is stored
+    float next(int i) const {
         const float before = State::decode(stored[i]);
         return momentum(scaled ? before * factors.read : before, Param::decode(grad[i]), constants);
-    };
-    const auto store = [&](float value, int i) {
+    }
+    // Stores it and returns it as stored.
+    float store(float value, int i) const {
         if (scaled) value *= factors.write;
         const auto rounded = [&] {
             if constexpr (ROUND_STATE) return State::template rounded<true>(value, AtRandom{noise.bits(i)});
             else return State::template rounded<true>(value, ToNearest());
         }();
         stored[i] = rounded.bits;
-        m[i] = scaled ? rounded.value * factors.back : rounded.value;
-    };
-    if (scaling == Scaling::block) {
-        float *scale = run.exp_avg.scale + at / constants.row;
-        factors.read = *scale;
-        #pragma omp simd
-        for (int i = 0; i < n; ++i) m[i] = next(i);
-        rescale(m, n, scale, factors);
-        #pragma omp simd
-        for (int i = 0; i < n; ++i) store(m[i], i);
-        return;
+        return scaled ? rounded.value * factors.back : rounded.value;
     }
-    #pragma omp simd
-    for (int i = 0; i < n; ++i) store(next(i), i);
-}
+};
 
-// G_t = max(beta2 G_{t-1}, |m_t|), as stored.
-void update_envelope(const Run &run, int64_t at, int n, Factors factors, const Constants &constants, const float *m,
-                     float *G) {
-    State::Stored *stored = run.exp_inf.values + at;
-    if (!scaled && constants.beta2 == 1) {  // m_t is a number of the format already
-        const State::Stored *of_m = run.exp_avg.values + at;
-        #pragma omp simd
-        for (int i = 0; i < n; ++i) {
-            const State::Stored size = State::magnitude(of_m[i]), before = stored[i];
-            if constexpr (only_risen) {
-                if (size > before || size != size) stored[i] = size;
-            } else {
-                stored[i] = size > before || size != size ? size : before;
-            }
-        }
-        #pragma omp simd
-        for (int i = 0; i < n; ++i) G[i] = State::template decode<Kind::size>(stored[i]);
-        return;
-    }
-    const Noise noise = run.round_envelope.from(at);
-    const auto decayed = [&](int i) {
+// A row's envelopes.
+struct EnvelopeRow {
+    State::Stored *stored;
+    Factors factors;
+    Noise noise;
+    const Constants &constants;
+
+    // beta2 G_{t-1}
+    float decayed(int i) const {
         const float before = State::template decode<Kind::size>(stored[i]);
         return (scaled ? before * factors.read : before) * constants.beta2;
-    };
-    const auto store = [&](float value, float at_least, int i) {
+    }
+    // Stores G_t = max(beta2 G_{t-1}, |m_t|) and returns it as stored.
+    float store(float value, float at_least, int i) const {
         if (scaled) value *= factors.write, at_least *= factors.write;
-        auto rounded = State::template rounded<true, Kind::size>(DECAYS ? at_least : larger(value, at_least), Up());
-        if constexpr (DECAYS) {  // what is left of a decay is rounded at random: up would undo it
+        auto rounded = State::template rounded<true, Kind::size>(larger(value, at_least), Up());
+        if constexpr (ROUND_DECAYED && State::narrow) {
+            // What is left of a decay is rounded at random: up would undo it.
             const auto random = State::template rounded<true, Kind::size>(value, AtRandom{noise.bits(i)});
+            rounded = State::template rounded<true, Kind::size>(at_least, Up());
             rounded = {larger(random.value, rounded.value), std::max(random.bits, rounded.bits)};
         }
         stored[i] = rounded.bits;
-        G[i] = scaled ? rounded.value * factors.back : rounded.value;
-    };
-    if (scaling == Scaling::block) {
-        float *scale = run.exp_inf.scale + at / constants.row;
-        factors.read = *scale;
-        float largest[LONGEST];
-        #pragma omp simd
-        for (int i = 0; i < n; ++i) {
-            G[i] = decayed(i);
-            largest[i] = larger(std::fabs(m[i]), G[i]);
-        }
-        rescale(largest, n, scale, factors);
-        #pragma omp simd
-        for (int i = 0; i < n; ++i) store(G[i], std::fabs(m[i]), i);
-        return;
+        return scaled ? rounded.value * factors.back : rounded.value;
     }
-    #pragma omp simd
-    for (int i = 0; i < n; ++i) store(decayed(i), std::fabs(m[i]), i);
-}
+    // The same without decay, for an m_t that is a number of the format already.
+    float raise(State::Stored of_m, int i) const {
+        const State::Stored size = State::magnitude(of_m), before = stored[i];
+        const bool rises = size > before || size != size;
+        if constexpr (only_risen) {
+            if (rises) stored[i] = size;
+        } else {
+            stored[i] = rises ? size : before;
+        }
+        return State::template decode<Kind::size>(rises ? size : before);
+    }
+};
 
 // value - step * sign(direction)
 float stepped(float value, float step, float direction) {
@@ -323,19 +306,21 @@ float stepped(float value, float step, float direction) {
     return direction < 0 || direction > 0 ? value - signed_step : value;
 }
 
-void update_param(const Run &run, int64_t at, int n, const Constants &constants, const float *m, const float *G) {
-    Param::Stored *param = run.param + at;
-    const Param::Stored *grad = run.grad + at;
-    const Noise noise = run.update.from(at), rounding = run.round_param.from(at);
-    #pragma omp simd
-    for (int i = 0; i < n; ++i) {
+// A row's parameters.
+struct ParamRow {
+    Param::Stored *param;
+    const Param::Stored *grad;
+    Noise noise, rounding;
+    const Constants &constants;
+
+    void step(float m, float G, int i) const {
         float value = Param::decode(param[i]) * constants.decay;
         if constexpr (STOCHASTIC) {
-            value = stepped(value, constants.lr, noise.uniform(i) * G[i] + m[i]);
+            value = stepped(value, constants.lr, noise.uniform(i) * G + m);
         } else if constexpr (ENVELOPE) {
-            value -= (G[i] == 0 ? 0 : m[i] / G[i]) * constants.lr;
+            value -= (G == 0 ? 0 : m / G) * constants.lr;
         } else {
-            value = stepped(value, constants.lr, MOMENTUM ? m[i] : (MAXIMIZE ? -1 : 1) * Param::decode(grad[i]));
+            value = stepped(value, constants.lr, MOMENTUM ? m : (MAXIMIZE ? -1 : 1) * Param::decode(grad[i]));
         }
         if constexpr (ROUND_PARAM) {
             param[i] = Param::rounded<true>(value, AtRandom{rounding.bits(i)}).bits;
@@ -343,6 +328,59 @@ void update_param(const Run &run, int64_t at, int n, const Constants &constants,
             param[i] = Param::rounded<false>(value, ToNearest()).bits;
         }
     }
+};
+
+void update_row(const Run &run, int64_t at, int n, const Constants &constants) {
+    const Param::Stored *grad = run.grad + at;
+    State::Stored *const exp_avg = run.exp_avg.values + at;
+    MomentumRow momentum = {grad, exp_avg, factors(run.exp_avg, constants), run.round_state.from(at), constants};
+    EnvelopeRow envelope = {run.exp_inf.values + at, factors(run.exp_inf, constants), run.round_envelope.from(at),
+                            constants};
+    const ParamRow param = {run.param + at, grad, run.update.from(at), run.round_param.from(at), constants};
+
+    if constexpr (ENVELOPE && only_rises && !State::narrow) {
+        #pragma omp simd
+        for (int i = 0; i < n; ++i) {
+            const float m = momentum.store(momentum.next(i), i);
+            param.step(m, envelope.raise(m, i), i);
+        }
+        return;
+    }
+    // Else the states' numbers wait in the first-level cache: one loop would need more registers than there are.
+    alignas(64) float m[LONGEST], G[LONGEST];
+    if constexpr (MOMENTUM && scaling == Scaling::block) {
+        float *scale = run.exp_avg.scale + at / constants.row;
+        momentum.factors.read = *scale;
+        #pragma omp simd
+        for (int i = 0; i < n; ++i) m[i] = momentum.next(i);
+        rescale(m, n, scale, momentum.factors);
+        #pragma omp simd
+        for (int i = 0; i < n; ++i) m[i] = momentum.store(m[i], i);
+    } else if constexpr (MOMENTUM) {
+        #pragma omp simd
+        for (int i = 0; i < n; ++i) m[i] = momentum.store(momentum.next(i), i);
+    }
+    if constexpr (ENVELOPE && scaling == Scaling::block) {
+        float *scale = run.exp_inf.scale + at / constants.row;
+        envelope.factors.read = *scale;
+        float largest[LONGEST];
+        #pragma omp simd
+        for (int i = 0; i < n; ++i) {
+            G[i] = envelope.decayed(i);
+            largest[i] = larger(std::fabs(m[i]), G[i]);
+        }
+        rescale(largest, n, scale, envelope.factors);
+        #pragma omp simd
+        for (int i = 0; i < n; ++i) G[i] = envelope.store(G[i], std::fabs(m[i]), i);
+    } else if constexpr (ENVELOPE && only_rises) {
+        #pragma omp simd
+        for (int i = 0; i < n; ++i) G[i] = envelope.raise(exp_avg[i], i);
+    } else if constexpr (ENVELOPE) {
+        #pragma omp simd
+        for (int i = 0; i < n; ++i) G[i] = envelope.store(envelope.decayed(i), std::fabs(m[i]), i);
+    }
+    #pragma omp simd
+    for (int i = 0; i < n; ++i) param.step(m[i], G[i], i);
 }
 
 // The largest |m_t| before it is stored and the largest beta2 G_{t-1} of n values.
@@ -398,10 +436,7 @@ struct Update {
     Constants constants;
 
     void visit(const Run &run, int64_t at, int n) const {
-        alignas(64) float m[LONGEST], G[LONGEST];
-        if constexpr (MOMENTUM) update_momentum(run, at, n, factors(run.exp_avg, constants), constants, m);
-        if constexpr (ENVELOPE) update_envelope(run, at, n, factors(run.exp_inf, constants), constants, m, G);
-        update_param(run, at, n, constants, m, G);
+        update_row(run, at, n, constants);
     }
     void finish(int64_t) const {}
 };
