@@ -4,7 +4,7 @@ import math
 import warnings
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +14,9 @@ from torch.optim.optimizer import Optimizer, ParamsT, StateDict
 from lightning_stosign.optim.sharding import local_grad, max_over_shards, shard_of
 from lightning_stosign.optim.state_precision import FP8_DTYPES
 from lightning_stosign.optim.storage import SHAPE_SUFFIX, round_by_noise
+
+Updates = list[tuple[int, Tensor, dict[str, Any]]]
+"""(index in the optimizer, parameter, group) of the parameters to update."""
 
 
 class StrictOptimizer(Optimizer, ABC):
@@ -95,29 +98,22 @@ class StrictOptimizer(Optimizer, ABC):
                     raise RuntimeError(f"{type(self).__name__} does not support sparse gradients ({self._name(param)})")
                 yield index, param, group
 
-    def _gradients_are_finite(self, updates: list[tuple[int, Tensor, dict[str, Any]]]) -> bool:
+    def _gradients_are_finite(self, updates: Updates) -> bool:
         """Return whether to take the step; raise or warn where a gradient is not finite.
 
         Costs one reduction over the gradients, one communication if they are sharded and, on an accelerator, one host
         synchronisation a step.
         """
-        nonfinite = torch.tensor(self._which_are_nonfinite(updates), dtype=torch.float32)
-        max_over_shards((param, flag) for (_, param, _), flag in zip(updates, nonfinite.unbind(), strict=True))
-        offending = [
-            (param, group) for (_, param, group), flag in zip(updates, nonfinite.tolist(), strict=True) if flag
-        ]
+        return self._are_finite(updates, nonfinite([local_grad(param) for _, param, _ in updates]))
+
+    def _are_finite(self, updates: Updates, nonfinite: Sequence[bool]) -> bool:
+        """Return the same, knowing for each update whether this process's part of its gradient is not finite."""
+        flags = torch.tensor(nonfinite, dtype=torch.float32)
+        max_over_shards((param, flag) for (_, param, _), flag in zip(updates, flags.unbind(), strict=True))
+        offending = [(param, group) for (_, param, group), flag in zip(updates, flags.tolist(), strict=True) if flag]
         if offending:
             self._report_nonfinite([self._name(param) for param, _ in offending], [group for _, group in offending])
         return not offending
-
-    def _which_are_nonfinite(self, updates: list[tuple[int, Tensor, dict[str, Any]]]) -> list[bool]:
-        """Return for each update whether this process's part of its gradient holds inf or NaN."""
-        grads = [local_grad(param) for _, param, _ in updates]
-        # A sum is not finite if one value is not, and several times faster than a largest magnitude, whose kernels run
-        # on one thread on the CPU. But a sum of finite values can overflow.
-        if _sums_are_finite(grads):
-            return [False] * len(grads)
-        return [not bool(grad.isfinite().all()) for grad in grads]
 
     def _report_nonfinite(self, names: list[str], groups: list[dict[str, Any]]) -> None:
         """Raise or warn about a step that was not taken, as the groups of the parameters named ask for."""
@@ -271,7 +267,16 @@ def check_choice(name: str, value: Any, accepted: tuple[Any, ...]) -> None:
         raise ValueError(f"{name}={value!r} is not supported; accepted: {', '.join(map(repr, accepted))}")
 
 
-def _sums_are_finite(grads: list[Tensor]) -> bool:
+def nonfinite(grads: Sequence[Tensor]) -> list[bool]:
+    """Return for each gradient whether it holds inf or NaN."""
+    # A sum is not finite if one value is not, and several times faster than a largest magnitude, whose kernels run on
+    # one thread on the CPU. But a sum of finite values can overflow.
+    if _sums_are_finite(grads):
+        return [False] * len(grads)
+    return [not bool(grad.isfinite().all()) for grad in grads]
+
+
+def _sums_are_finite(grads: Sequence[Tensor]) -> bool:
     sums: dict[torch.device, list[Tensor]] = {}
     for grad in grads:
         total = grad.sum(dtype=torch.promote_types(torch.float32, grad.dtype))

@@ -1,8 +1,8 @@
 """The optimizers whose states are stored in low precision: from param groups and gradients to jobs for the engine."""
 
 from abc import abstractmethod
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,9 +10,9 @@ from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import ParamsT
 
 from lightning_stosign.optim import engine
-from lightning_stosign.optim._base import StrictOptimizer, check_choice, loss_of
+from lightning_stosign.optim._base import StrictOptimizer, Updates, check_choice, loss_of, nonfinite
 from lightning_stosign.optim._deferred import DeferredCheck, defers
-from lightning_stosign.optim.fused import has_compiler
+from lightning_stosign.optim.fused import as_tensor, has_compiler
 from lightning_stosign.optim.job import Job, Path
 from lightning_stosign.optim.native import has_native, which_are_nonfinite
 from lightning_stosign.optim.noise import noise_key
@@ -83,26 +83,30 @@ class LowPrecisionOptimizer(StrictOptimizer):
         if defers(updates):
             self._deferred = DeferredCheck(updates)
             finite = self._deferred.finite
-        elif not self._gradients_are_finite(updates):
+        jobs = self._jobs(updates, finite)
+        largest = engine.find_largest(jobs)
+        if finite is True and not self._are_finite(updates, _which_are_nonfinite(jobs, largest)):
             return loss
-        paths = self._paths(updates)
-        constants: dict[Any, Constants] = {}
+        engine.run(jobs, largest)
+        if jobs:
+            torch._foreach_add_([job.state["step"] for job in jobs], 1)
+        return loss
+
+    def _jobs(self, updates: Updates, finite: bool | Tensor) -> list[Job]:
+        """Return what to do; it changes nothing but creates missing states."""
+        numel = sum(param.numel() for _, param, _ in updates)
+        kinds: dict[Any, _Kind] = {}
         specs: dict[Any, UpdateSpec] = {}
         jobs = []
         for index, param, group in updates:
-            of_group = id(group), param.device
-            if of_group not in constants:
-                constants[of_group] = self._constants(group, param.device, finite)
-            jobs.append(self._job(index, param, group, constants[of_group], specs, paths[of_group]))
-        engine.run(jobs)
-        return loss
-
-    def _which_are_nonfinite(self, updates: list[tuple[int, Tensor, dict[str, Any]]]) -> list[bool]:
-        if set(self._paths(updates).values()) == {"native"}:
-            flags = which_are_nonfinite([local_grad(param) for _, param, _ in updates])
-            if flags is not None:
-                return flags
-        return super()._which_are_nonfinite(updates)
+            kind = id(group), param.device
+            if kind not in kinds:
+                constants = self._constants(group, param.device, finite)
+                path = _path(param.device, group["fused"], numel)
+                numbers = as_tensor(constants, param.device) if path == "compiled" else None
+                kinds[kind] = _Kind(constants, path, numbers)
+            jobs.append(self._job(index, param, group, kinds[kind], specs))
+        return jobs
 
     _deferred: DeferredCheck | None = None
 
@@ -137,36 +141,48 @@ class LowPrecisionOptimizer(StrictOptimizer):
         index: int,
         param: Tensor,
         group: dict[str, Any],
-        constants: Constants,
+        kind: "_Kind",
         specs: dict[Any, UpdateSpec],
-        path: Path,
     ) -> Job:
         state = self.state[param]
         precision = precision_of(state, group)
         if precision is not None and not precision.applies_to(param):
             precision = None
-        kind = id(group), precision, param.dtype
-        if kind not in specs:
+        key = id(group), precision, param.dtype
+        if key not in specs:
             narrow = param.dtype.itemsize < 4
-            specs[kind] = UpdateSpec(
+            specs[key] = UpdateSpec(
                 self._rule(group), precision or FLOAT32, narrow and group["param_rounding"] == "stochastic"
             )
-        spec = specs[kind]
+        spec = specs[key]
         if "step" not in state:
             # int64: exact beyond float32's 2**24 steps. On the CPU, where reading it costs no synchronisation.
             state["step"] = torch.zeros((), dtype=torch.int64)
         for name in spec.rule.states:  # one by one: a momentum can be switched on in the middle of a run
             if name not in state:
                 init_state(state, name, param, precision)
-        seed, step = group.get("seed", 0), int(state["step"].add_(1))
+        seed, step = group.get("seed", 0), int(state["step"]) + 1
         keys = {stream: noise_key(seed, step, index, stream) for stream in spec.streams}
-        return Job(param, local(param), local_grad(param), state, spec, keys, constants, path)
+        return Job(param, local(param), local_grad(param), state, spec, keys, *kind)
 
-    def _paths(self, updates: list[tuple[int, Tensor, dict[str, Any]]]) -> dict[tuple[int, torch.device], Path]:
-        """Return how each group's ``fused`` and this machine have its parameters on a device updated."""
-        numel = sum(param.numel() for _, param, _ in updates)
-        kinds = {(id(group), param.device): group["fused"] for _, param, group in updates}
-        return {kind: _path(kind[1], wanted, numel) for kind, wanted in kinds.items()}
+
+class _Kind(NamedTuple):
+    """What the parameters of a group on a device have in common; the last arguments of a :class:`Job`."""
+
+    constants: Constants
+    path: Path
+    numbers: Tensor | None
+
+
+def _which_are_nonfinite(jobs: Sequence[Job], largest: Sequence[engine.Largest]) -> list[bool]:
+    """Return for each job whether this process's part of the gradient holds inf or NaN."""
+    # What was just read need not be read again: these are finite only if all gradients were.
+    known = {id(job) for members, values in largest if bool(values.isfinite().all()) for job in members}
+    unknown = [job for job in jobs if id(job) not in known]
+    grads = [job.grad for job in unknown]
+    natively = which_are_nonfinite(grads) if all(job.path == "native" for job in unknown) else None
+    flags = iter(nonfinite(grads) if natively is None else natively)
+    return [id(job) not in known and next(flags) for job in jobs]
 
 
 def _path(device: torch.device, fused: bool | None, numel: int) -> Path:

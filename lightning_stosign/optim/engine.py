@@ -1,15 +1,15 @@
 """Takes parameters and their states through an update: natively, compiled, in chunks, or small ones in a batch."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from lightning_stosign.optim import native
 from lightning_stosign.optim.fp4_rows import Fp4Rows
-from lightning_stosign.optim.fused import ROW, Rows, as_tensor, compiled_largest, compiled_update
+from lightning_stosign.optim.fused import ROW, Rows, compiled_largest, compiled_update
 from lightning_stosign.optim.job import SEGMENT, Job
 from lightning_stosign.optim.noise import hash_words, weyl_sequence
 from lightning_stosign.optim.sharding import max_over_shards
@@ -22,34 +22,52 @@ _CHUNK, _ACCELERATOR_CHUNK = 1 << 18, 1 << 26
 _SMALL = 1 << 14
 
 
-def run(jobs: Sequence[Job]) -> None:
+class Largest(NamedTuple):
+    """What the next scales of some parameters' states are made of."""
+
+    jobs: list[Job]
+    values: Tensor
+    """float32 ``[jobs, states]``, from :meth:`UpdateSpec.largest`; finite only if all gradients are."""
+
+
+def find_largest(jobs: Sequence[Job]) -> list[Largest]:
+    """Return it for the jobs whose states have a scale that depends on all values; changes nothing."""
+    natives, others = _split(filter(_has_next_scales, jobs))
+    found = [Largest(members, native.largest(members)) for members in natives]
+    kinds: dict[Any, list[Job]] = {}
+    for job in others:
+        kinds.setdefault((id(job.spec), job.param.device), []).append(job)
+    return found + [Largest(members, torch.stack([_largest(job) for job in members])) for members in kinds.values()]
+
+
+def run(jobs: Sequence[Job], largest: Sequence[Largest]) -> None:
     """Update parameters and states in place.
 
     Communicates where a sharded parameter's states have one scale: the largest value is that of all shards.
+
+    Args:
+        jobs: what to do.
+        largest: from :func:`find_largest`.
     """
-    numbers: dict[int, Tensor] = {}
-    for job in jobs:
-        if job.path == "compiled" and id(job.constants) not in numbers:
-            numbers[id(job.constants)] = as_tensor(job.constants, job.param.device)
+    next_scales = _next_scales(largest)
     natives, others = _split(jobs)
-    next_scales = _next_scales(natives, others, numbers)
     for members in natives:
         native.update(members, next_scales)
     batches: dict[Any, list[Job]] = {}
     for job in others:
         batches.setdefault(_batch_key(job) or id(job), []).append(job)
     for batch in batches.values():
-        of_batch = numbers.get(id(batch[0].constants))
         if len(batch) == 1:
-            _run_alone(batch[0], of_batch, next_scales.get(id(batch[0])))
+            _run_alone(batch[0], next_scales.get(id(batch[0])))
         else:
-            _run_together(batch, of_batch)
-    for job in filter(_has_next_scales, jobs):
-        for scale, new in zip(job.tensor_scales, next_scales[id(job)].unbind(), strict=True):
-            scale.copy_(new)
+            _run_together(batch)
+    scales = [(job, scale) for members, _ in largest for job in members for scale in job.tensor_scales]
+    if scales:
+        new = [scale for members, _ in largest for job in members for scale in next_scales[id(job)].unbind()]
+        torch._foreach_copy_([scale for _, scale in scales], new)
 
 
-def _split(jobs: Sequence[Job]) -> tuple[list[list[Job]], list[Job]]:
+def _split(jobs: Iterable[Job]) -> tuple[list[list[Job]], list[Job]]:
     """Return the jobs that native code does, those of a kind together, and the others."""
     natives: dict[Any, list[Job]] = {}
     others = []
@@ -77,37 +95,30 @@ def _batch_key(job: Job) -> tuple[Any, ...] | None:
     return job.spec, id(job.constants), job.path, job.param.device, *(t.dtype for t in tensors)
 
 
-def _next_scales(
-    natives: Sequence[Sequence[Job]], others: Sequence[Job], numbers: dict[int, Tensor]
-) -> dict[int, Tensor]:
+def _next_scales(largest: Sequence[Largest]) -> dict[int, Tensor]:
     """Return the scales of the next states, float32 ``[states]``, by the job's id.
 
     The largest values of all parameters of a kind become scales together: these are a dozen operations on a few bytes.
     """
-    largest = [(job, _largest(job, numbers.get(id(job.constants)))) for job in filter(_has_next_scales, others)]
-    for members in natives:
-        if _has_next_scales(members[0]):
-            largest += zip(members, native.largest(members).unbind(), strict=True)
-    max_over_shards((job.whole, values) for job, values in largest)
-    kinds: dict[Any, list[tuple[Job, Tensor]]] = {}
-    for job, values in largest:
-        kinds.setdefault((job.spec, job.param.device), []).append((job, values))
+    max_over_shards((job.whole, row) for jobs, values in largest for job, row in zip(jobs, values, strict=True))
     found: dict[int, Tensor] = {}
-    for (spec, _), of_kind in kinds.items():
-        scales = spec.rule.cover(torch.stack([values for _, values in of_kind], dim=1), spec.precision)
-        found.update(zip((id(job) for job, _ in of_kind), scales.t().contiguous().unbind(), strict=True))
+    for jobs, values in largest:
+        spec = jobs[0].spec
+        scales = spec.rule.cover(values.t(), spec.precision)
+        found.update(zip((id(job) for job in jobs), scales.t().contiguous().unbind(), strict=True))
     return found
 
 
-def _run_alone(job: Job, numbers: Tensor | None, new_scales: Tensor | None) -> None:
+def _run_alone(job: Job, new_scales: Tensor | None) -> None:
     flat = [tensor.contiguous() for tensor in (job.param, job.grad, *job.stored)]
     for rows in _spans(job):
         first, count, row = rows
-        if numbers is not None and _compiles(job, rows):
+        if job.numbers is not None and _compiles(job, rows):
             words = torch.tensor([_words(job, first)], dtype=torch.int32, device=job.param.device)
             words = words.expand(count // row, -1).contiguous()
             sequence = _row_sequence(count // row, row, job.param.device)
-            compiled_update(job.spec, flat, rows, _scales(job, first, count), new_scales, words, sequence, numbers)
+            scales = _scales(job, first, count)
+            compiled_update(job.spec, flat, rows, scales, new_scales, words, sequence, job.numbers)
         else:
             param, grad = _rows(flat[:2], rows)
             states = _states(job, flat[2:], rows, new_scales)
@@ -130,7 +141,7 @@ def _noise(job: Job, first: int, rows: Tensor) -> Noise:
     return RowNoise(job.spec.streams, words, sequence, weyl_sequence(shard.run, device=rows.device))
 
 
-def _run_together(jobs: list[Job], numbers: Tensor | None) -> None:
+def _run_together(jobs: list[Job]) -> None:
     """Update small parameters as one, each with its own noise: gathered in rows, padded with zeros, and put back."""
     first = jobs[0]
     device = first.param.device
@@ -141,9 +152,9 @@ def _run_together(jobs: list[Job], numbers: Tensor | None) -> None:
     gathered = [_gather(column, padding) for column in tensors]
     words = torch.tensor([_words(job, 0) for job in jobs], dtype=torch.int32, device=device)[owner]
     scales = [None] * len(first.stored)
-    if numbers is not None and first.path == "compiled" and len(owner) > 1:
+    if first.numbers is not None and len(owner) > 1:
         rows = Rows(0, len(owner) * ROW, ROW)
-        compiled_update(first.spec, gathered, rows, scales, None, words, sequence, numbers)
+        compiled_update(first.spec, gathered, rows, scales, None, words, sequence, first.numbers)
     else:
         noise = RowNoise(first.spec.streams, words, sequence, weyl_sequence(ROW, device=device))
         param, grad, *stored = (values.view(-1, ROW) for values in gathered)
@@ -177,13 +188,13 @@ def _batch_layout(sizes: tuple[int, ...], device: torch.device) -> tuple[Tensor,
     return owner, sequence
 
 
-def _largest(job: Job, numbers: Tensor | None) -> Tensor:
+def _largest(job: Job) -> Tensor:
     """Return :meth:`Rule.largest` of this process's part."""
     flat = [tensor.contiguous() for tensor in (job.param, job.grad, *job.stored)]
     found = []
     for rows in _spans(job):
-        if numbers is not None and _compiles(job, rows):
-            found.append(compiled_largest(job.spec, flat, rows, job.scales, numbers))
+        if job.numbers is not None and _compiles(job, rows):
+            found.append(compiled_largest(job.spec, flat, rows, job.scales, job.numbers))
         else:
             param, grad = _rows(flat[:2], rows)
             found.append(job.spec.largest(param, grad, _states(job, flat[2:], rows), job.constants))
@@ -228,7 +239,7 @@ def _spans(job: Job) -> Iterator[Rows]:
     if job.start is None:
         assert job.shard is not None
         row = job.shard.run
-    chunk = SEGMENT if job.path == "compiled" and not blocks else _chunk(job.param.device)
+    chunk = SEGMENT if job.numbers is not None and not blocks else _chunk(job.param.device)
     chunk = max(chunk // row, 1) * row
     whole = total // row * row
     first = 0
@@ -243,8 +254,12 @@ def _spans(job: Job) -> Iterator[Rows]:
 
 def _compiles(job: Job, rows: Rows) -> bool:
     # torch.compile treats a size of 1 apart. Four-bit states are not compiled.
-    compiled = job.path == "compiled" and not job.spec.precision.is_fp4
-    return compiled and job.start is not None and rows.numel >= 2 * rows.length and job.param.dtype != torch.float64
+    return (
+        not job.spec.precision.is_fp4
+        and job.start is not None
+        and rows.numel >= 2 * rows.length
+        and job.param.dtype != torch.float64
+    )
 
 
 def _chunk(device: torch.device) -> int:

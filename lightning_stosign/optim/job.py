@@ -28,6 +28,7 @@ class Job:
         keys: this step's noise keys.
         constants: the numbers of the step.
         path: how to update it where that is possible: else it is updated eagerly.
+        numbers: the numbers of the step for the compiled path, from :func:`fused.as_tensor`.
     """
 
     whole: Tensor
@@ -38,6 +39,7 @@ class Job:
     keys: dict[Stream, int]
     constants: Constants
     path: Path
+    numbers: Tensor | None = None
 
     def __post_init__(self) -> None:
         names = self.spec.rule.states

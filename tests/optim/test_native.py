@@ -176,7 +176,7 @@ def test_a_part_across_the_noise_key_s_boundary_is_updated_as_eagerly(precision)
         keys = {Stream.UPDATE: noise_key(0, 1, 0)}
         with patch("lightning_stosign.optim.job.shard_of", return_value=shard):
             job = Job(param, param, grad, state, spec, keys, Constants(0.1, 1.0, 0.1, 1.0), path)
-        engine.run([job])
+        engine.run([job], engine.find_largest([job]))
         results.append((param, *state.values()))
     for one, other in zip(*results, strict=True):
         assert_equal(one, other)
