@@ -20,16 +20,10 @@ from lightning_stosign.optim.state_precision import FP8_DTYPES
 from lightning_stosign.optim.update import Constants, RowNoise, UpdateSpec
 
 ROW = 256
-_LANES = 16  # float32 values in a vector of AVX-512
 
 # Inductor would go on with the unrounded value where a rounded one is converted back to float32, and would cut a chain
 # of many operations in two, with a buffer as large as the parameter between them.
 _OPTIONS: dict[str, Any] = {"emulate_precision_casts": True, "realize_opcount_threshold": 1000}
-
-# Interleaved rows are to be visited in the order of their dimensions, not of their memory; and inductor would cut where
-# a value is used several times, too. Uncut, it traces a value once a use: no matter without scales, minutes with them.
-_INTERLEAVED: dict[str, Any] = {"pick_loop_orders": False}
-_UNCUT: dict[str, Any] = {"realize_reads_threshold": 1000, "realize_acc_reads_threshold": 1000}
 
 
 class Rows(NamedTuple):
@@ -78,16 +72,15 @@ def compiled_update(
         sequence: likewise.
         constants: the numbers of the step, from :func:`as_tensor`.
     """
-    device, dtypes = tensors[0].device, tuple(tensor.dtype for tensor in tensors)
-    interleaved = _interleaves(rows.length, dtypes)
-    kernel = _compiled(_update, spec, dtypes, device, interleaved)
+    device = tensors[0].device
+    kernel = _compiled(_update, spec, tuple(tensor.dtype for tensor in tensors), device)
     kernel(
-        [_rows(tensor, rows, interleaved) for tensor in tensors],
+        [_rows(tensor, rows) for tensor in tensors],
         [_operand(scale) for scale in scales],
         None if new_scales is None else _static(new_scales),
         _without_base(words),
         _without_base(sequence),
-        _row_sequence(rows.length, interleaved, device),
+        _row_sequence(rows.length, device),
         constants,
         spec,
     )
@@ -97,8 +90,8 @@ def compiled_largest(
     spec: UpdateSpec, tensors: Sequence[Tensor], rows: Rows, scales: Sequence[Tensor | None], constants: Tensor
 ) -> Tensor:
     """Run :meth:`UpdateSpec.largest` compiled; arguments as above."""
-    kernel = _compiled(_largest, spec, tuple(tensor.dtype for tensor in tensors), tensors[0].device, False)
-    operands = [_rows(tensor, rows, False) for tensor in tensors]
+    kernel = _compiled(_largest, spec, tuple(tensor.dtype for tensor in tensors), tensors[0].device)
+    operands = [_rows(tensor, rows) for tensor in tensors]
     return kernel(operands, [_operand(scale) for scale in scales], constants, spec)
 
 
@@ -143,35 +136,16 @@ def _static(tensor: Tensor) -> Tensor:
 
 
 @lru_cache(maxsize=32)
-def _row_sequence(numel: int, interleaved: bool, device: torch.device) -> Tensor:
-    row = weyl_sequence(numel, device=device)
-    return _static(_rows(row, Rows(0, numel, numel), True)[0].contiguous() if interleaved else row)
+def _row_sequence(numel: int, device: torch.device) -> Tensor:
+    return _static(weyl_sequence(numel, device=device))
 
 
-def _interleaves(row: int, dtypes: Sequence[torch.dtype]) -> bool:
-    """Return whether the vectors of a row are to be visited every second one first.
-
-    Inductor's vectors are as long as float32's. On AVX-512 it reads and writes the 16 values of a 16-bit dtype as the
-    half of a vector, masked, and the processor makes a read wait for a masked write to the half beside it: as many
-    times longer as the kernel has instructions to wait with.
-    """
-    return row % (2 * _LANES) == 0 and any(dtype.itemsize == 2 for dtype in dtypes)
-
-
-def _rows(tensor: Tensor, rows: Rows, interleaved: bool) -> Tensor:
-    """View the values of a contiguous tensor as rows, without a base.
-
-    Returns:
-        ``[rows, values]``, or ``[rows, 2, pairs of vectors, lanes]``: first all even vectors of a row, then all odd
-        ones. FP8 as int8.
-    """
-    size, stride = [rows.numel // rows.length, rows.length], [rows.length, 1]
-    if interleaved:
-        size[1:], stride[1:] = [2, rows.length // (2 * _LANES), _LANES], [_LANES, 2 * _LANES, 1]
+def _rows(tensor: Tensor, rows: Rows) -> Tensor:
+    """View the values of a contiguous tensor as ``[rows, values]``, FP8 as int8, without a base."""
+    size, stride = (rows.numel // rows.length, rows.length), (rows.length, 1)
     view = torch.empty(0, dtype=torch.int8 if tensor.dtype in FP8_DTYPES else tensor.dtype, device=tensor.device)
     view.set_(tensor.untyped_storage(), tensor.storage_offset() + rows.first, size, stride)
-    for dim in range(1, len(size)):
-        torch._dynamo.mark_static(view, dim)
+    torch._dynamo.mark_static(view, 1)
     return view
 
 
@@ -185,15 +159,11 @@ def _compiled(
     spec: UpdateSpec,
     dtypes: tuple[torch.dtype, ...],
     device: torch.device,
-    interleaved: bool,
 ) -> Callable[..., Any]:
     """Return the function, compiled on its first call, for one kind of update."""
     # With a code object of its own: torch.compile limits the number of compilations of one, and each kind needs one.
     own = FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
-    options = _OPTIONS
-    if interleaved:
-        options = options | _INTERLEAVED | (_UNCUT if spec.precision.scaling == "none" else {})
-    return torch.compile(own, dynamic=True, fullgraph=True, options=options)
+    return torch.compile(own, dynamic=True, fullgraph=True, options=_OPTIONS)
 
 
 def _without_base(tensor: Tensor) -> Tensor:

@@ -113,10 +113,12 @@ class StoSignSGD(LowPrecisionOptimizer):
         maximize: ascend instead of descend.
         param_rounding: how a bfloat16 or float16 parameter is rounded after its update in float32: ``"stochastic"``,
             or ``"nearest"``, which loses steps that are below half the spacing of the parameter's numbers.
-        fused: True compiles the update into one kernel (torch.compile; the first step takes seconds longer). What has
-            less than 512 values and cannot be gathered with others, four-bit states, float64 parameters, and all where
-            there is no compiler take the eager path, which gives the same bits on the CPU. None: compile on the CPU if
-            the parameters have 10 M values or more. False: never.
+        fused: True does the whole update in one pass, False in many. On the CPU that is native code, compiled by the
+            machine's C++ compiler when it is first needed (about a second); elsewhere, and where there is no compiler
+            that can, a kernel of torch.compile's (the first step takes some seconds longer); where that fails too,
+            with a warning, the eager path. Four-bit states, float64 parameters and blocks of more than 2048 values
+            take the eager path as well. All give the same bits on the CPU. None: on the CPU, if the parameters have
+            1 M values or more (10 M where torch.compile does it).
         on_nonfinite: what to do about a gradient with inf or NaN: ``"raise"`` a RuntimeError or ``"skip"`` the step
             with a warning. Parameters and states stay untouched either way. On an accelerator, where the host does not
             wait for the answer, the error or warning comes with the next step.

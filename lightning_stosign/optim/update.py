@@ -80,7 +80,7 @@ class RowNoise(Noise):
         streams: the streams in ``words``.
         words: int32, ``[rows, 2 * streams]``: the ``hash_words`` of each row's parameter.
         sequence: int32, ``[rows]``: the Weyl sequence at each row's first element.
-        row: the Weyl sequence of a row's elements, int32 in the shape of a row.
+        row: the Weyl sequence of a row's elements, int32.
     """
 
     def __init__(self, streams: Sequence[Stream], words: Tensor, sequence: Tensor, row: Tensor) -> None:
@@ -88,9 +88,8 @@ class RowNoise(Noise):
 
     def _bits(self, stream: Stream) -> Tensor:
         at = 2 * self._streams.index(stream)
-        per_row = (-1, *(1 for _ in self._row.shape))
-        origin, high = (self._words[:, i].view(per_row) for i in (at, at + 1))
-        return hash_bits(self._sequence.view(per_row) + self._row, origin, high)
+        origin, high = (self._words[:, i].unsqueeze(1) for i in (at, at + 1))
+        return hash_bits(self._sequence.unsqueeze(1) + self._row, origin, high)
 
     def uniform(self, stream: Stream) -> Tensor:
         """Return noise in the rows' shape."""
