@@ -37,17 +37,17 @@ def time_in_turn(
 ) -> tuple[list[float], list[float], int]:
     """Return the seconds of an optimizer's steps, those of the baseline's before each, and the optimizer's state bytes.
 
-    The first two rounds, in which states are made and kernels compiled, do not count. Then the gradients are halved: as
-    after the first dozens of steps of a run, hardly any is the largest so far.
+    The first two rounds, in which states are made and kernels compiled, do not count. Then the gradients become smaller:
+    as after the first dozens of steps of a run, hardly any momentum is the largest so far.
     """
     baseline, optimizer = OPTIMIZERS[BASELINE](params), make(params)
     of_baseline, of_optimizer = [], []
     for number in range(rounds + 2):
         if number == 2:
-            _multiply_gradients(params, 0.5)
+            _multiply_gradients(params, 1 / 16)
         of_baseline.append(seconds(baseline.step, device))
         of_optimizer.append(seconds(optimizer.step, device))
-    _multiply_gradients(params, 2.0)
+    _multiply_gradients(params, 16)
     return of_optimizer[2:], of_baseline[2:], state_bytes(optimizer)
 
 
