@@ -37,8 +37,8 @@ def time_in_turn(
 ) -> tuple[list[float], list[float], int]:
     """Return the seconds of an optimizer's steps, those of the baseline's before each, and the optimizer's state bytes.
 
-    The first two rounds, in which states are made and kernels compiled, do not count. Then the gradients become smaller:
-    as after the first dozens of steps of a run, hardly any momentum is the largest so far.
+    The first two rounds, in which states are made and kernels compiled, do not count. Then the gradients become
+    smaller: as after the first dozens of steps of a run, hardly any momentum is the largest so far.
     """
     baseline, optimizer = OPTIMIZERS[BASELINE](params), make(params)
     of_baseline, of_optimizer = [], []

@@ -39,7 +39,7 @@ def native_library(source: str, *macros: str) -> CDLL | None:
         return None
     processor = "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native"
     command = [*shlex.split(compiler), *_FLAGS, processor, *(f"-D{macro}" for macro in macros), str(_SOURCES / source)]
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         path = str(Path(folder, "library.so"))
         for threads in ("-fopenmp", "-fopenmp-simd"):  # the latter where there is no OpenMP: one thread
             try:

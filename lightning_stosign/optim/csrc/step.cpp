@@ -71,6 +71,7 @@ struct Float32 {
     static constexpr bool narrow = false;
     static constexpr uint32_t largest = 0x7F7FFFFF;
     static float magnitude(float stored) { return std::fabs(stored); }
+    static bool exceeds(float size, float other) { return size > other || size != size; }  // NaN does
     template <Kind = Kind::number>
     static float decode(float stored) { return stored; }
     template <bool saturate, Kind = Kind::number, class Round>
@@ -82,6 +83,7 @@ struct BFloat16 {
     static constexpr bool narrow = true;
     static constexpr uint32_t largest = 0x7F7F0000;  // as float32
     static Stored magnitude(Stored stored) { return stored & 0x7FFF; }
+    static bool exceeds(Stored size, Stored other) { return size > other; }
     template <Kind = Kind::number>
     static float decode(Stored stored) { return from_bits(uint32_t(stored) << 16); }
 
@@ -106,6 +108,7 @@ struct Narrow {
     static constexpr uint32_t beyond = (largest & EXPONENT) + (1 << 23);
 
     static Stored magnitude(Stored stored) { return stored & (sign - 1); }
+    static bool exceeds(Stored size, Stored other) { return size > other; }
 
     template <Kind kind = Kind::number>
     static float decode(Stored stored) {
@@ -290,7 +293,7 @@ struct EnvelopeRow {
     // The same without decay, for an m_t that is a number of the format already.
     float raise(State::Stored of_m, int i) const {
         const State::Stored size = State::magnitude(of_m), before = stored[i];
-        const bool rises = size > before || size != size;
+        const bool rises = State::exceeds(size, before);
         if constexpr (only_risen) {
             if (rises) stored[i] = size;
         } else {
