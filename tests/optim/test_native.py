@@ -49,6 +49,7 @@ def train(cls=StoSignSGD, steps=6, dtype=torch.float32, seed=0, **options):
         for param in params:
             param.grad = torch.randn(param.shape).to(dtype) * 10 ** (-step / 2)
             param.grad.view(-1)[1000:4000] = 0  # coordinates that stay dead, and blocks of them
+            param.grad.view(-1)[4000:8000] *= 1e-40
         optimizer.step()
     return params, optimizer
 
@@ -153,18 +154,35 @@ def test_any_bits_in_parameter_and_states_come_out_as_eagerly(precision, dtype, 
         assert_equal(one, other)
 
 
+@pytest.fixture
+def threads():
+    """Sets the number of threads."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("precision", [None, "fp8:min_numel=0"])
-def test_threads_change_nothing(precision):
-    threads = torch.get_num_threads()
+def test_threads_change_nothing(precision, threads):
     results = []
-    try:
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            results.append(train(fused=True, state_precision=precision)[0])
-    finally:
-        torch.set_num_threads(threads)
+    for count in (1, 2, 3):
+        threads(count)
+        results.append(train(fused=True, state_precision=precision)[0])
     for others in results[1:]:
         assert all(torch.equal(p, q) for p, q in zip(results[0], others, strict=True))
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+@pytest.mark.parametrize("at", [0, 50_000, (1 << 17) - 1])
+def test_the_scale_covers_the_largest_value_whichever_thread_has_it(count, at, threads):
+    threads(count)
+    x = nn.Parameter(torch.zeros(1 << 17))
+    x.grad = torch.full_like(x, 1e-3)
+    x.grad[at] = 4096.0
+    optimizer = StoSignSGD([x], state_precision="fp8", fused=True)
+    optimizer.step()
+    assert optimizer.state[x]["exp_avg_scale"] == 1.0  # 409.6 of at most 448
+    assert optimizer.state[x]["exp_avg"][at].float() == 416.0
 
 
 @pytest.mark.parametrize("precision", ["float32", "fp8"])

@@ -221,7 +221,7 @@ float power_of_two_scale(float amax) {
     const float ratio = amax / from_bits(State::largest);
     const uint32_t bits = to_bits(ratio);
     const uint32_t exponent = (bits >> 23) + ((bits & ~EXPONENT) != 0);
-    return ratio == 0 ? 1 : from_bits(std::min(std::max(exponent, 1u), 254u) << 23);
+    return ratio == 0 ? 1 : from_bits(std::min(exponent, 254u) << 23);
 }
 
 // The scale of a block of n values >= 0 or of their magnitudes.
