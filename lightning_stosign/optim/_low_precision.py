@@ -90,6 +90,8 @@ class LowPrecisionOptimizer(StrictOptimizer):
         engine.run(jobs, largest)
         if jobs:
             torch._foreach_add_([job.state["step"] for job in jobs], 1)
+        # Autograd does not see what kernels write, and would use a parameter that it saved before the step.
+        torch.autograd.graph.increment_version([job.param for job in jobs if job.path != "eager"])
         return loss
 
     def _jobs(self, updates: Updates, finite: bool | Tensor) -> list[Job]:

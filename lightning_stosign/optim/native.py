@@ -79,10 +79,10 @@ def is_native(job: Job) -> bool:
 
 
 def update(jobs: Sequence[Job], new_scales: Mapping[int, Tensor]) -> None:
-    """Run :meth:`UpdateSpec.update` on jobs that share their kind.
+    """Run :meth:`UpdateSpec.update` on jobs of a kind.
 
     Args:
-        jobs: with the same :func:`kind`.
+        jobs: for which :func:`is_native`, with the same spec, constants and dtype of the parameter.
         new_scales: of the states under ``scaling="tensor"``, float32 ``[states]``, by the job's id.
     """
     library = _library(jobs[0])
@@ -97,7 +97,7 @@ def update(jobs: Sequence[Job], new_scales: Mapping[int, Tensor]) -> None:
 
 
 def largest(jobs: Sequence[Job]) -> Tensor:
-    """Run :meth:`UpdateSpec.largest` on jobs that share their kind: float32 ``[jobs, states]``."""
+    """Run :meth:`UpdateSpec.largest` on jobs of a kind, as above: float32 ``[jobs, states]``."""
     library = _library(jobs[0])
     assert library is not None
     tensors = [_contiguous(job) for job in jobs]  # to be kept until they have been read

@@ -320,3 +320,14 @@ def test_nothing_is_warned_of_in_an_ordinary_run(build):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         train(model, build(model.parameters()), range(2))
+
+
+@each_case
+def test_autograd_notices_that_a_step_changed_what_it_saved(build):
+    weight, x = nn.Parameter(torch.ones(3, 512)), torch.ones(512, requires_grad=True)
+    optimizer = build([weight])
+    later = weight.mv(x).sum()  # its gradient for x is made of the weight
+    weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        later.backward()
