@@ -182,7 +182,7 @@ def _which_are_nonfinite(jobs: Sequence[Job], largest: Sequence[engine.Largest])
     known = {id(job) for members, values in largest if bool(values.isfinite().all()) for job in members}
     unknown = [job for job in jobs if id(job) not in known]
     grads = [job.grad for job in unknown]
-    natively = which_are_nonfinite(grads) if all(job.path == "native" for job in unknown) else None
+    natively = which_are_nonfinite(grads) if {job.path for job in unknown} == {"native"} else None
     flags = iter(nonfinite(grads) if natively is None else natively)
     return [id(job) not in known and next(flags) for job in jobs]
 

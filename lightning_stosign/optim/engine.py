@@ -61,10 +61,10 @@ def run(jobs: Sequence[Job], largest: Sequence[Largest]) -> None:
             _run_alone(batch[0], next_scales.get(id(batch[0])))
         else:
             _run_together(batch)
-    scales = [(job, scale) for members, _ in largest for job in members for scale in job.tensor_scales]
-    if scales:
-        new = [scale for members, _ in largest for job in members for scale in next_scales[id(job)].unbind()]
-        torch._foreach_copy_([scale for _, scale in scales], new)
+    scaled = [job for members, _ in largest for job in members]
+    if scaled:
+        scales = [scale for job in scaled for scale in job.tensor_scales]
+        torch._foreach_copy_(scales, [scale for job in scaled for scale in next_scales[id(job)].unbind()])
 
 
 def _split(jobs: Iterable[Job]) -> tuple[list[list[Job]], list[Job]]:

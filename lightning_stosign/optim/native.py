@@ -17,7 +17,7 @@ from lightning_stosign.optim.noise import Stream, hash_words
 from lightning_stosign.optim.state_precision import StatePrecision
 from lightning_stosign.optim.update import UpdateSpec
 
-LONGEST_BLOCK = 2048  # LONGEST in csrc/step.cpp
+LONGEST_BLOCK = 2048
 
 _FORMATS = {
     torch.float32: "Float32",
@@ -85,11 +85,8 @@ def update(jobs: Sequence[Job], new_scales: Mapping[int, Tensor]) -> None:
         jobs: for which :func:`is_native`, with the same spec, constants and dtype of the parameter.
         new_scales: of the states under ``scaling="tensor"``, float32 ``[states]``, by the job's id.
     """
-    library = _library(jobs[0])
-    assert library is not None
     tensors = [_contiguous(job) for job in jobs]
-    table = _table(jobs, tensors, new_scales)
-    library.update(_address(table), len(table) // _COLUMNS, byref(_constants(jobs[0])), _threads_for(jobs))
+    _call("update", jobs, tensors, new_scales)
     for job, (param, _, *states) in zip(jobs, tensors, strict=True):
         for tensor, values in zip((job.param, *job.stored), (param, *states), strict=True):
             if values is not tensor:
@@ -98,15 +95,24 @@ def update(jobs: Sequence[Job], new_scales: Mapping[int, Tensor]) -> None:
 
 def largest(jobs: Sequence[Job]) -> Tensor:
     """Run :meth:`UpdateSpec.largest` on jobs of a kind, as above: float32 ``[jobs, states]``."""
-    library = _library(jobs[0])
-    assert library is not None
-    tensors = [_contiguous(job) for job in jobs]  # to be kept until they have been read
-    table = _table(jobs, tensors, {})
-    found = torch.zeros(len(table) // _COLUMNS, len(_STATES))
-    constants = _constants(jobs[0])
-    library.largest(_address(table), len(found), byref(constants), _threads_for(jobs), found.data_ptr())
-    of_jobs = found.split([len(_segments(job)) for job in jobs])
-    return torch.stack([of_job.amax(dim=0) for of_job in of_jobs])[:, : len(jobs[0].spec.rule.states)]
+    counts = [len(_segments(job)) for job in jobs]
+    found = torch.zeros(sum(counts), len(_STATES))
+    _call("largest", jobs, [_contiguous(job) for job in jobs], {}, found.data_ptr())
+    return torch.stack([of_job.amax(dim=0) for of_job in found.split(counts)])[:, : len(jobs[0].spec.rule.states)]
+
+
+def _call(
+    function: str,
+    jobs: Sequence[Job],
+    tensors: Sequence[Sequence[Tensor]],
+    new_scales: Mapping[int, Tensor],
+    *more: int,
+) -> None:
+    """Call a function of csrc/step.cpp on jobs of a kind, with each job's :func:`_contiguous` tensors."""
+    table, constants = _table(jobs, tensors, new_scales), _constants(jobs[0])
+    threads = _threads(job.param.numel() for job in jobs)
+    run = getattr(_library(jobs[0]), function)
+    run(_address(table), len(table) // _COLUMNS, byref(constants), threads, *more)
 
 
 def _contiguous(job: Job) -> list[Tensor]:
@@ -170,15 +176,12 @@ def _library_of(spec: UpdateSpec, dtype: torch.dtype, decays: bool) -> CDLL | No
         "ROUND_PARAM": Stream.ROUND_PARAM in streams,
     }
     formats = f"PARAM={_FORMATS[dtype]}", f"STATE={_FORMATS[precision.dtype]}", f"SCALING={_scaling(precision)}"
-    return native_library("step.cpp", *formats, *(f"{name}={int(choice)}" for name, choice in choices.items()))
+    longest = f"LONGEST_ROW={LONGEST_BLOCK}"
+    return native_library("step.cpp", *formats, longest, *(f"{name}={int(choice)}" for name, choice in choices.items()))
 
 
 def _scaling(precision: StatePrecision) -> str:
     return "fixed" if precision.static_scale != 1 else precision.scaling
-
-
-def _threads_for(jobs: Iterable[Job]) -> int:
-    return _threads(job.param.numel() for job in jobs)
 
 
 def _threads(numel: Iterable[int]) -> int:

@@ -2,6 +2,7 @@
 
 import warnings
 
+import fused_runs
 import pytest
 import torch
 from torch import nn
@@ -28,18 +29,8 @@ def without_native_code(monkeypatch):
     monkeypatch.setattr(_low_precision, "has_native", lambda: False)
 
 
-def train(cls=StoSignSGD, steps=12, dtype=torch.float32, **options):
-    torch.manual_seed(0)
-    params = [nn.Parameter(torch.randn(shape).to(dtype)) for shape in SHAPES]
-    if cls is StoSignSGD:
-        options["seed"] = 3
-    optimizer = cls(params, lr=1e-2, **options)
-    for step in range(steps):
-        optimizer.param_groups[0]["lr"] = 1e-2 / (step + 1)
-        for param in params:
-            param.grad = torch.randn(param.shape).to(dtype) * 10 ** (-step / 2)
-        optimizer.step()
-    return params, optimizer
+def train(**options):
+    return fused_runs.train(SHAPES, **options)
 
 
 def assert_same_bits(**options):

@@ -6,6 +6,7 @@ import warnings
 from dataclasses import replace
 from unittest.mock import patch
 
+import fused_runs
 import pytest
 import torch
 from hypothesis import given, settings
@@ -38,20 +39,8 @@ def precision_of(spec, **changes):
     return str(replace(StatePrecision.parse(spec), min_numel=0, **changes))
 
 
-def train(cls=StoSignSGD, steps=6, dtype=torch.float32, seed=0, **options):
-    torch.manual_seed(seed)
-    params = [nn.Parameter(torch.randn(shape).to(dtype)) for shape in SHAPES]
-    if cls is StoSignSGD:
-        options["seed"] = 3
-    optimizer = cls(params, lr=1e-2, **options)
-    for step in range(steps):
-        optimizer.param_groups[0]["lr"] = 1e-2 / (step + 1)
-        for param in params:
-            param.grad = torch.randn(param.shape).to(dtype) * 10 ** (-step / 2)
-            param.grad.view(-1)[1000:4000] = 0  # coordinates that stay dead, and blocks of them
-            param.grad.view(-1)[4000:8000] *= 1e-40
-        optimizer.step()
-    return params, optimizer
+def train(**options):
+    return fused_runs.train(SHAPES, **{"steps": 6, **options})
 
 
 def assert_equal(a, b, what=""):
@@ -320,3 +309,12 @@ def test_without_a_working_compiler_the_step_is_compiled_by_torch_or_eager(compi
     monkeypatch.setattr(_low_precision, "has_compiler", lambda: True)
     param = torch.zeros(3)
     assert _low_precision._path(param.device, True, 3) == "compiled"
+
+
+def test_eager_steps_compile_nothing(monkeypatch):
+    def look(_):
+        raise AssertionError("looked natively")
+
+    monkeypatch.setattr(_low_precision, "which_are_nonfinite", look)
+    train(fused=False, steps=1, state_precision=precision_of("fp8"))  # all gradients are known from the next scales
+    StoSignSGD([nn.Parameter(torch.ones(3))]).step()  # there is no gradient

@@ -4,6 +4,7 @@
 // is for is said there. native.py compiles this for one kind of update, whose choices are the macros:
 //   PARAM, STATE          formats, of those below
 //   SCALING               of the states: none, fixed, tensor or block
+//   LONGEST_ROW           of values, and so the longest block
 //   MOMENTUM, ENVELOPE    which states there are
 //   STOCHASTIC, MAXIMIZE, DECAYS
 //                         whether to draw noise, to ascend, and whether beta2 is less than 1
@@ -16,6 +17,8 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+
+#include "rows.h"
 
 namespace {
 
@@ -159,7 +162,7 @@ constexpr bool only_risen = !State::narrow;
 constexpr bool only_risen = false;
 #endif
 
-constexpr int LONGEST = 2048;  // row
+constexpr int LONGEST = LONGEST_ROW;
 constexpr uint32_t WEYL = 0x9E3779B1;
 
 // The Weyl sequence of a row: loading it is cheaper than multiplying.
@@ -410,46 +413,21 @@ void find_largest(const Run &run, int64_t at, int n, const Constants &constants,
     }
 }
 
-// Calls visit(run, first value, values) for each row, a thread with its share of consecutive ones, and finish(number of
-// the run) after a thread's rows of it; each thread with a worker of its own.
-template <class Worker>
-void for_rows(const Run *runs, int64_t count, int64_t length, int threads, const Worker &worker) {
-    int64_t total = 0;
-    for (int64_t k = 0; k < count; ++k) total += (runs[k].numel + length - 1) / length;
-    #pragma omp parallel for num_threads(threads) schedule(static, 1)
-    for (int thread = 0; thread < threads; ++thread) {
-        Worker own = worker;
-        int64_t first = total * thread / threads, last = total * (thread + 1) / threads;
-        for (int64_t k = 0; k < count; ++k) {
-            const Run run = runs[k];
-            const int64_t rows = (run.numel + length - 1) / length;
-            const int64_t end = std::min(last, rows);
-            for (int64_t row = std::max<int64_t>(first, 0); row < end; ++row) {
-                const int64_t at = row * length;
-                own.visit(run, at, int(std::min(length, run.numel - at)));
-            }
-            own.finish(k);
-            first -= rows;
-            last -= rows;
-        }
-    }
-}
-
 struct Update {
+    const Run *runs;
     Constants constants;
 
-    void visit(const Run &run, int64_t at, int n) const {
-        update_row(run, at, n, constants);
-    }
+    void visit(int64_t run, int64_t at, int64_t n) const { update_row(runs[run], at, int(n), constants); }
     void finish(int64_t) const {}
 };
 
 struct Largest {
+    const Run *runs;
     Constants constants;
     float (*found)[2];  // of m and of G, for each run; 0 at first
     float m = 0, G = 0;
 
-    void visit(const Run &run, int64_t at, int n) { find_largest(run, at, n, constants, m, G); }
+    void visit(int64_t run, int64_t at, int64_t n) { find_largest(runs[run], at, int(n), constants, m, G); }
     void finish(int64_t run) {
         #pragma omp critical
         {
@@ -463,9 +441,11 @@ struct Largest {
 }  // namespace
 
 extern "C" void update(const Run *runs, int64_t count, const Constants *constants, int threads) {
-    for_rows(runs, count, constants->row, threads, Update{*constants});
+    const auto numel = [=](int64_t run) { return runs[run].numel; };
+    for_rows(numel, count, constants->row, threads, Update{runs, *constants});
 }
 
 extern "C" void largest(const Run *runs, int64_t count, const Constants *constants, int threads, float (*found)[2]) {
-    for_rows(runs, count, constants->row, threads, Largest{*constants, found});
+    const auto numel = [=](int64_t run) { return runs[run].numel; };
+    for_rows(numel, count, constants->row, threads, Largest{runs, *constants, found});
 }
