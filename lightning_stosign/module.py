@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from lightning_stosign.optim._base import check_choice, check_number
-from lightning_stosign.optim.alias import ALIAS
+from lightning_stosign.optim.alias.alias import ALIAS
+from lightning_stosign.optim.base import check_choice, check_number
 from lightning_stosign.optim.emulation import emulate_state_precision
-from lightning_stosign.optim.sign_converted import SignConverted
 from lightning_stosign.optim.signsgd import SignSGD
-from lightning_stosign.optim.state_precision import StatePrecision
+from lightning_stosign.optim.states.state_precision import StatePrecision
 from lightning_stosign.optim.stosign import StoSignSGD
+from lightning_stosign.optim.wrappers.sign_converted import SignConverted
 
 OptimizerName = Literal["stosign", "signsgd", "adamw", "lion", "muon", "sign-adamw", "sign-adamax", "alias"]
 Schedule = Literal["cosine", "linear", "constant", "wsd"]
@@ -329,6 +329,6 @@ def _lion(groups: list[dict[str, Any]], **options: Any) -> Optimizer:
 def _muon(groups: list[dict[str, Any]], **options: Any) -> Optimizer:
     if not hasattr(torch.optim, "Muon"):
         raise ValueError(f"optimizer='muon' needs torch.optim.Muon (torch >= 2.9); this is torch {torch.__version__}")
-    from lightning_stosign.optim.muon import MuonAdamW
+    from lightning_stosign.optim.wrappers.muon import MuonAdamW
 
     return MuonAdamW(groups, **options)

@@ -11,9 +11,9 @@ from torch.optim import Optimizer
 from lightning_stosign.callbacks._collapse_look import Look
 from lightning_stosign.health.snapshot import Snapshot
 from lightning_stosign.optim.emulation import as_stored, is_moment, state_degree
-from lightning_stosign.optim.fp4 import E2M1_MAX
+from lightning_stosign.optim.numerics.fp4 import E2M1_MAX
 from lightning_stosign.optim.promotion import state_precision_of
-from lightning_stosign.optim.state_precision import StatePrecision
+from lightning_stosign.optim.states.state_precision import StatePrecision
 
 MOST_ROWS = 20
 

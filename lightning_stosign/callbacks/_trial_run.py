@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_stosign.optim.same_batch import gradients_at
+from lightning_stosign.optim.alias.same_batch import gradients_at
+from lightning_stosign.optim.alias.totals import Part, totals
 from lightning_stosign.optim.sharding import local, local_grad
-from lightning_stosign.optim.totals import Part, totals
 
 
 class TrialRun:

@@ -16,8 +16,8 @@ from lightning_stosign.callbacks._collapse_look import DEAD, EXPLODING, Look, Si
 from lightning_stosign.callbacks._collapse_report import table
 from lightning_stosign.callbacks._logging_gate import check_every_n_steps, is_due, record_step
 from lightning_stosign.callbacks.state_monitor import PREFIX
-from lightning_stosign.optim._low_precision import LowPrecisionOptimizer
 from lightning_stosign.optim.emulation import emulated_precision
+from lightning_stosign.optim.low_precision import LowPrecisionOptimizer
 from lightning_stosign.optim.promotion import next_wider, promote_state, state_precision_of
 
 _ACTIONS = ("warn", "stop", "raise", "promote")

@@ -21,8 +21,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_stosign.callbacks._trial_run import TrialRun
-from lightning_stosign.optim.alias import ALIAS
-from lightning_stosign.optim.step_size_search import (
+from lightning_stosign.optim.alias.alias import ALIAS
+from lightning_stosign.optim.alias.step_size_search import (
     Trial,
     asked_step_size,
     crossing,

@@ -19,7 +19,7 @@ from lightning_stosign.health.statistics import (
     sum_dtype,
 )
 from lightning_stosign.optim.emulation import as_stored
-from lightning_stosign.optim.state_precision import StatePrecision
+from lightning_stosign.optim.states.state_precision import StatePrecision
 
 Format = StatePrecision | str
 

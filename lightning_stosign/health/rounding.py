@@ -9,8 +9,8 @@ from torch.nn.functional import pad
 from lightning_stosign.health.sharding import Layout
 from lightning_stosign.health.statistics import PART_SIZE
 from lightning_stosign.optim.emulation import as_stored
-from lightning_stosign.optim.rounding import power_of_two_scale
-from lightning_stosign.optim.state_precision import StatePrecision
+from lightning_stosign.optim.numerics.rounding import power_of_two_scale
+from lightning_stosign.optim.states.state_precision import StatePrecision
 
 # (a run of this rank's values, its place among them) -> the run as stored, in float32
 Store = Callable[[Tensor, slice], Tensor]

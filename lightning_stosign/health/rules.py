@@ -10,10 +10,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_stosign.health.stored_states import Group, State, read_bitsandbytes, read_stored, read_transformer_engine
-from lightning_stosign.optim.alias import ALIAS
-from lightning_stosign.optim.sign_converted import SignConverted
+from lightning_stosign.optim.alias.alias import ALIAS
 from lightning_stosign.optim.signsgd import SignSGD
 from lightning_stosign.optim.stosign import StoSignSGD
+from lightning_stosign.optim.wrappers.sign_converted import SignConverted
 
 # (optimizer, parameter, its group, its state with the values on this rank) -> values of each moment, float32 or wider
 Read = Callable[[Optimizer, Tensor, Group, State], dict[str, Tensor]]

@@ -9,8 +9,8 @@ from torch.nn.functional import pad
 from torch.optim import Optimizer
 
 from lightning_stosign.optim.emulation import is_moment
-from lightning_stosign.optim.state_precision import FLOAT32, precision_of
-from lightning_stosign.optim.storage import SCALE_SUFFIX, is_packed, read_state
+from lightning_stosign.optim.states.state_precision import FLOAT32, precision_of
+from lightning_stosign.optim.states.storage import SCALE_SUFFIX, is_packed, read_state
 
 Group = Mapping[str, Any]
 State = Mapping[str, Any]

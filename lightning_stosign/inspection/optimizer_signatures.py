@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.optim import Optimizer
 
-from lightning_stosign.optim.alias import ALIAS
+from lightning_stosign.optim.alias.alias import ALIAS
 from lightning_stosign.optim.signsgd import SignSGD
 from lightning_stosign.optim.stosign import StoSignSGD
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_stosign.optim.storage import SHAPE_SUFFIX, is_packed
+from lightning_stosign.optim.states.storage import SHAPE_SUFFIX, is_packed
 
 Shape = tuple[int, ...]
 

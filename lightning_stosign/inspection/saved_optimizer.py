@@ -11,7 +11,7 @@ from lightning_stosign.health.readers import Moments, read_moments
 from lightning_stosign.inspection.checkpoint import printable
 from lightning_stosign.inspection.optimizer_signatures import identify
 from lightning_stosign.inspection.parameter_names import candidates_of, match_names, parameter_shape
-from lightning_stosign.optim.storage import SCALE_SUFFIX, is_packed
+from lightning_stosign.optim.states.storage import SCALE_SUFFIX, is_packed
 
 
 class SavedParameter:

@@ -7,9 +7,9 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from lightning_stosign.optim._low_precision import LowPrecisionOptimizer
-from lightning_stosign.optim.state_precision import StatePrecision, precision_of
-from lightning_stosign.optim.storage import round_trip
+from lightning_stosign.optim.low_precision import LowPrecisionOptimizer
+from lightning_stosign.optim.states.state_precision import StatePrecision, precision_of
+from lightning_stosign.optim.states.storage import round_trip
 
 # How a state scales when all gradients are multiplied by s: by s ** degree; 1 where it is not listed.
 _DEGREES = {

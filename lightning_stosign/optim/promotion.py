@@ -8,11 +8,18 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
-from lightning_stosign.optim._low_precision import LowPrecisionOptimizer
 from lightning_stosign.optim.emulation import emulated_precision, is_moment
+from lightning_stosign.optim.low_precision import LowPrecisionOptimizer
 from lightning_stosign.optim.sharding import local, shard_of
-from lightning_stosign.optim.state_precision import FLOAT32, OVERRIDE, StatePrecision, precision_of
-from lightning_stosign.optim.storage import SCALE_SUFFIX, companions, init_state, is_packed, read_state, write_state
+from lightning_stosign.optim.states.state_precision import FLOAT32, OVERRIDE, StatePrecision, precision_of
+from lightning_stosign.optim.states.storage import (
+    SCALE_SUFFIX,
+    companions,
+    init_state,
+    is_packed,
+    read_state,
+    write_state,
+)
 
 
 def next_wider(precision: StatePrecision) -> StatePrecision | None:

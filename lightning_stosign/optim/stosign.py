@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from lightning_stosign.optim._base import check_beta, check_choice, check_pair
-from lightning_stosign.optim._low_precision import LowPrecisionOptimizer
-from lightning_stosign.optim.noise import Stream
-from lightning_stosign.optim.rounding import power_of_two_scale
-from lightning_stosign.optim.state_precision import StatePrecision
-from lightning_stosign.optim.storage import largest_as_stored, largest_number
-from lightning_stosign.optim.update import Constants, Noise, Rule, StoredRows, is_one
+from lightning_stosign.optim.base import check_beta, check_choice, check_pair
+from lightning_stosign.optim.kernels.eager import Constants, Noise, Rule, StoredRows, is_one
+from lightning_stosign.optim.low_precision import LowPrecisionOptimizer
+from lightning_stosign.optim.numerics.noise import Stream
+from lightning_stosign.optim.numerics.rounding import power_of_two_scale
+from lightning_stosign.optim.states.state_precision import StatePrecision
+from lightning_stosign.optim.states.storage import largest_as_stored, largest_number
 
 _SLOWEST_IN_FOUR_BITS = 0.75  # from 4 to 3
 

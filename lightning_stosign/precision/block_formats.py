@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from lightning_stosign.optim.fp4 import E2M1_MAX, round_e2m1, round_e2m1_stochastically
-from lightning_stosign.optim.noise import hash_bits
+from lightning_stosign.optim.numerics.fp4 import E2M1_MAX, round_e2m1, round_e2m1_stochastically
+from lightning_stosign.optim.numerics.noise import hash_bits
 
 _E4M3_MAX = torch.finfo(torch.float8_e4m3fn).max
 _SMALLEST_SCALE = 2.0**-127  # of E8M0

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from lightning_stosign.optim.noise import CHUNK, Stream, fair_coins, noise_key, uniform_noise
+from lightning_stosign.optim.numerics.noise import CHUNK, Stream, fair_coins, noise_key, uniform_noise
 from lightning_stosign.strategies.packing import packed_width
 
 

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from lightning_stosign.optim._base import check_choice
+from lightning_stosign.optim.base import check_choice
 from lightning_stosign.strategies.exchange import BUCKET_CAP_MB, Aggregation, SignExchange, sign_hook
 from lightning_stosign.strategies.wire import Wire
 

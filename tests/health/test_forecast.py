@@ -14,8 +14,8 @@ from lightning_stosign.health import check_format, nominal_change, stalled_fract
 from lightning_stosign.health.forecast import forecast_rounds, forecasts_rounds, run_rounds
 from lightning_stosign.health.sharding import Layout
 from lightning_stosign.health.statistics import PART_SIZE
-from lightning_stosign.optim.state_precision import StatePrecision
-from lightning_stosign.optim.storage import init_state, read_state, write_state
+from lightning_stosign.optim.states.state_precision import StatePrecision
+from lightning_stosign.optim.states.storage import init_state, read_state, write_state
 
 FORMATS = [
     *("float32", "bfloat16", "float16", "fp8", "fp8-raw", "fp8-block", "fp8-block:block_size=32"),

@@ -6,7 +6,7 @@ import torch
 from lightning_stosign.health.rounding import Rounding
 from lightning_stosign.health.sharding import Layout
 from lightning_stosign.optim.emulation import as_stored
-from lightning_stosign.optim.state_precision import FP8_DTYPES, StatePrecision
+from lightning_stosign.optim.states.state_precision import FP8_DTYPES, StatePrecision
 
 NAN, INF = float("nan"), float("inf")
 

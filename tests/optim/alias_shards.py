@@ -10,7 +10,7 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, se
 from torch.distributed.fsdp import fully_shard
 
 from lightning_stosign import ALIAS
-from lightning_stosign.optim import totals
+from lightning_stosign.optim.alias import totals
 
 DATA = torch.randn(8, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 VARIANTS = [{}, {"momentum": 0.9, "beta2": 0.99, "weight_decay": 0.1}, {"loss_lower_bound": 0.0}]

@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from lightning_stosign import SignSGD, StatePrecision, StoSignSGD
-from lightning_stosign.optim import _low_precision
-from lightning_stosign.optim.storage import read_state
+from lightning_stosign.optim import low_precision
+from lightning_stosign.optim.states.storage import read_state
 
 # Together in a batch, alone in chunks, and with a scale.
 SHAPES = [(5,), (300,), (130, 129)]
@@ -14,7 +14,7 @@ SHAPES = [(5,), (300,), (130, 129)]
 
 @pytest.fixture(autouse=True)
 def deferred(monkeypatch):
-    monkeypatch.setattr(_low_precision, "defers", lambda updates: bool(updates))
+    monkeypatch.setattr(low_precision, "defers", lambda updates: bool(updates))
 
 
 def set_up(cls=StoSignSGD, **options):
@@ -88,7 +88,7 @@ def test_finite_steps_are_those_that_were_waited_for(options, monkeypatch):
     params, optimizer = set_up(**options)
     step(params, optimizer, 1)
     step(params, optimizer, 2)
-    monkeypatch.setattr(_low_precision, "defers", lambda updates: False)
+    monkeypatch.setattr(low_precision, "defers", lambda updates: False)
     others, waiting = set_up(**options)
     step(others, waiting, 1)
     step(others, waiting, 2)

@@ -11,7 +11,8 @@ from torch._inductor import cpp_builder
 from torch._inductor.exc import InvalidCxxCompiler
 
 from lightning_stosign import SignSGD, StoSignSGD
-from lightning_stosign.optim import _low_precision, engine, fused
+from lightning_stosign.optim import low_precision
+from lightning_stosign.optim.kernels import dispatch, fused
 
 # Compiled: of 1, 2 and 4 dimensions, with 2, 5, 6 and 256 rows. Eager: too small, and not a multiple of a row.
 # Alone, of 1, 2 and 4 dimensions, with 80, 70 and 128 whole rows, and one with a rest; and small ones together.
@@ -26,7 +27,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:betas")
 @pytest.fixture(autouse=True)
 def without_native_code(monkeypatch):
     """Which would be taken first on the CPU."""
-    monkeypatch.setattr(_low_precision, "has_native", lambda: False)
+    monkeypatch.setattr(low_precision, "has_native", lambda: False)
 
 
 def train(**options):
@@ -158,7 +159,7 @@ def calls(monkeypatch):
         shapes.append((rows.numel // rows.length, rows.length))
         return fused.compiled_update(spec, tensors, rows, *args)
 
-    monkeypatch.setattr(engine, "compiled_update", record)
+    monkeypatch.setattr(dispatch, "compiled_update", record)
     return shapes
 
 
@@ -170,7 +171,7 @@ def test_large_parameters_are_compiled_alone_and_small_ones_together(calls):
 def test_by_default_only_what_is_worth_it_is_compiled(calls, monkeypatch):
     train(steps=1)
     assert calls == []
-    monkeypatch.setitem(_low_precision.WORTH, "compiled", 60_000)
+    monkeypatch.setitem(low_precision.WORTH, "compiled", 60_000)
     train(steps=1)
     assert len(calls) == 5
 

@@ -14,12 +14,13 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lightning_stosign import SignSGD, StatePrecision, StoSignSGD
-from lightning_stosign.optim import _low_precision, engine, native
-from lightning_stosign.optim.job import SEGMENT, Job
-from lightning_stosign.optim.native_build import native_library
-from lightning_stosign.optim.noise import Stream, noise_key
+from lightning_stosign.optim import low_precision
+from lightning_stosign.optim.kernels import cpu, dispatch
+from lightning_stosign.optim.kernels.eager import Constants, UpdateSpec
+from lightning_stosign.optim.kernels.job import SEGMENT, Job
+from lightning_stosign.optim.kernels.native_build import native_library
+from lightning_stosign.optim.numerics.noise import Stream, noise_key
 from lightning_stosign.optim.stosign import StoSignRule
-from lightning_stosign.optim.update import Constants, UpdateSpec
 
 SHAPES = [(20480,), (70, 256), (128, 64, 2, 2), (129, 130), (300, 7), (256,), (5,), (), (0, 3)]
 FORMATS = {
@@ -60,7 +61,7 @@ def assert_same_bits(**options):
 
 
 def test_this_machine_has_native_code():
-    assert native.has_native()
+    assert cpu.has_native()
 
 
 @pytest.fixture
@@ -72,8 +73,8 @@ def updates(monkeypatch):
         calls.append((str(jobs[0].spec.precision), len(jobs)))
         return update(jobs, new_scales)
 
-    update = native.update
-    monkeypatch.setattr(native, "update", record)
+    update = cpu.update
+    monkeypatch.setattr(cpu, "update", record)
     return calls
 
 
@@ -186,9 +187,9 @@ def test_a_part_across_the_noise_key_s_boundary_is_updated_as_eagerly(precision)
         if precision == "fp8":
             state |= {name + "_scale": torch.ones(()) for name in spec.rule.states}
         keys = {Stream.UPDATE: noise_key(0, 1, 0)}
-        with patch("lightning_stosign.optim.job.shard_of", return_value=shard):
+        with patch("lightning_stosign.optim.kernels.job.shard_of", return_value=shard):
             job = Job(param, param, grad, state, spec, keys, Constants(0.1, 1.0, 0.1, 1.0), path)
-        engine.run([job], engine.find_largest([job]))
+        dispatch.run([job], dispatch.find_largest([job]))
         results.append((param, *state.values()))
     for one, other in zip(*results, strict=True):
         assert_equal(one, other)
@@ -202,15 +203,15 @@ def test_one_nonfinite_value_is_found_wherever_it_is(dtype, value):
         for place in {0, size // 2, size - 1}:
             tensors = [torch.full((n,), torch.finfo(dtype).max, dtype=dtype) for n in sizes]
             tensors[at][place] = value
-            assert native.which_are_nonfinite(tensors) == [i == at for i in range(len(sizes))]
+            assert cpu.which_are_nonfinite(tensors) == [i == at for i in range(len(sizes))]
 
 
 def test_gradients_of_several_dtypes_and_layouts_are_checked():
     tensors = [torch.ones(3, 4).t(), torch.ones((), dtype=torch.bfloat16).expand(7), torch.ones(2, 0)]
-    assert native.which_are_nonfinite(tensors) == [False] * 3
+    assert cpu.which_are_nonfinite(tensors) == [False] * 3
     tensors[0][1, 2] = torch.nan
-    assert native.which_are_nonfinite(tensors) == [True, False, False]
-    assert native.which_are_nonfinite([*tensors, torch.ones(3, dtype=torch.float64)]) is None
+    assert cpu.which_are_nonfinite(tensors) == [True, False, False]
+    assert cpu.which_are_nonfinite([*tensors, torch.ones(3, dtype=torch.float64)]) is None
 
 
 def test_nonfinite_gradient_touches_nothing():
@@ -269,7 +270,7 @@ def test_one_compilation_serves_all_shapes_steps_and_learning_rates():
 def test_by_default_it_is_taken_where_it_is_worth_it(updates, monkeypatch):
     train(steps=1)
     assert updates == []
-    monkeypatch.setitem(_low_precision.WORTH, "native", 60_000)
+    monkeypatch.setitem(low_precision.WORTH, "native", 60_000)
     train(steps=1)
     assert updates == [("float32", len(SHAPES) - 1)]
 
@@ -284,7 +285,7 @@ def compiler(monkeypatch, tmp_path):
         path.chmod(path.stat().st_mode | stat.S_IXUSR)
         monkeypatch.setenv("CXX", str(path))
 
-    caches = native_library, native.has_native, native._library_of
+    caches = native_library, cpu.has_native, cpu._library_of
     for cached in caches:
         cached.cache_clear()
     yield use
@@ -294,27 +295,27 @@ def compiler(monkeypatch, tmp_path):
 
 def test_without_openmp_it_runs_on_one_thread(compiler):
     compiler('for option; do [ "$option" = -fopenmp ] && exit 1; done; exec c++ "$@"')
-    assert native.has_native()
+    assert cpu.has_native()
     assert_same_bits(steps=2)
 
 
 @pytest.mark.parametrize("script", ["exit 1", "exit 0"], ids=["that fails", "that makes nothing"])
 def test_without_a_working_compiler_the_step_is_compiled_by_torch_or_eager(compiler, script, monkeypatch):
     compiler(script)
-    monkeypatch.setattr(_low_precision, "has_compiler", lambda: False)
+    monkeypatch.setattr(low_precision, "has_compiler", lambda: False)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert_same_bits(steps=1)
-    assert not native.has_native()
-    monkeypatch.setattr(_low_precision, "has_compiler", lambda: True)
+    assert not cpu.has_native()
+    monkeypatch.setattr(low_precision, "has_compiler", lambda: True)
     param = torch.zeros(3)
-    assert _low_precision._path(param.device, True, 3) == "compiled"
+    assert low_precision._path(param.device, True, 3) == "compiled"
 
 
 def test_eager_steps_compile_nothing(monkeypatch):
     def look(_):
         raise AssertionError("looked natively")
 
-    monkeypatch.setattr(_low_precision, "which_are_nonfinite", look)
+    monkeypatch.setattr(low_precision, "which_are_nonfinite", look)
     train(fused=False, steps=1, state_precision=precision_of("fp8"))  # all gradients are known from the next scales
     StoSignSGD([nn.Parameter(torch.ones(3))]).step()  # there is no gradient

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_stosign.optim.noise import CHUNK, Stream, fair_coins, noise_key, uniform_fraction, uniform_noise
+from lightning_stosign.optim.numerics.noise import CHUNK, Stream, fair_coins, noise_key, uniform_fraction, uniform_noise
 
 SEEDS = st.integers(0, 2**64 - 1)
 

@@ -3,8 +3,13 @@
 import pytest
 import torch
 
-from lightning_stosign.optim.fp8_bits import decode, encode, widen
-from lightning_stosign.optim.rounding import nearest_in_float32, round_stochastically, round_to_nearest, round_up
+from lightning_stosign.optim.numerics.fp8 import decode, encode, widen
+from lightning_stosign.optim.numerics.rounding import (
+    nearest_in_float32,
+    round_stochastically,
+    round_to_nearest,
+    round_up,
+)
 
 FP8 = [torch.float8_e4m3fn, torch.float8_e5m2]
 SHORT = [*FP8, torch.float16, torch.bfloat16]

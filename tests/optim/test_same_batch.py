@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_stosign.optim.same_batch import gradients_at
+from lightning_stosign.optim.alias.same_batch import gradients_at
 
 
 @pytest.fixture

@@ -13,14 +13,14 @@ from torch.distributed.tensor import Shard as Split
 from torch.distributed.tensor.placement_types import _StridedShard
 from torch.testing._internal.distributed.fake_pg import FakeStore  # registers the "fake" backend
 
-from lightning_stosign.optim import engine
-from lightning_stosign.optim._deferred import DeferredCheck
-from lightning_stosign.optim.job import Job
-from lightning_stosign.optim.noise import Stream, uniform_noise
+from lightning_stosign.optim.kernels import dispatch
+from lightning_stosign.optim.kernels.deferred import DeferredCheck
+from lightning_stosign.optim.kernels.eager import Constants, UpdateSpec
+from lightning_stosign.optim.kernels.job import Job
+from lightning_stosign.optim.numerics.noise import Stream, uniform_noise
 from lightning_stosign.optim.sharding import local, local_grad, shard_of
-from lightning_stosign.optim.state_precision import FLOAT32
+from lightning_stosign.optim.states.state_precision import FLOAT32
 from lightning_stosign.optim.stosign import StoSignRule
-from lightning_stosign.optim.update import Constants, UpdateSpec
 
 
 @pytest.fixture(params=range(4))
@@ -110,11 +110,11 @@ def test_a_part_across_the_key_s_boundary_draws_the_noise_of_its_elements():
     param = torch.zeros(numel)
     spec = UpdateSpec(StoSignRule(stochastic=True, maximize=False), FLOAT32, round_param=False)
     keys, state = {Stream.UPDATE: 3}, {"exp_avg": param, "exp_inf": param}
-    with patch("lightning_stosign.optim.job.shard_of", return_value=shard):
+    with patch("lightning_stosign.optim.kernels.job.shard_of", return_value=shard):
         job = Job(param, param, param, state, spec, keys, Constants(1, 1, 1, 1), "compiled")
-    assert engine._batch_key(job) is None
-    spans = list(engine._spans(job))
-    noises = [engine._noise(job, first, torch.empty(count // row, row)) for first, count, row in spans]
+    assert dispatch._batch_key(job) is None
+    spans = list(dispatch._spans(job))
+    noises = [dispatch._noise(job, first, torch.empty(count // row, row)) for first, count, row in spans]
     drawn = torch.cat([noise.uniform(Stream.UPDATE).flatten() for noise in noises])
     assert torch.equal(drawn, uniform_noise(3, numel, start=start))
     for first, count, row in spans:  # what is compiled has one key

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_stosign import StatePrecision
-from lightning_stosign.optim.state_precision import FP4_DTYPE
+from lightning_stosign.optim.states.state_precision import FP4_DTYPE
 
 NAMES = ["float32", "bfloat16", "float16", "fp8", "fp8-raw", "fp8-block", "fp4-block"]
 POWERS = st.integers(-20, 20).map(lambda k: 2.0**k)

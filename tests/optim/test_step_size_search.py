@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_stosign.optim.step_size_search import (
+from lightning_stosign.optim.alias.step_size_search import (
     Trial,
     asked_step_size,
     crossing,

@@ -10,8 +10,8 @@ from hypothesis.extra import numpy as hnp
 from torchao.optim.subclass_fp8 import OptimStateFp8
 
 from lightning_stosign import StatePrecision, state_bytes
-from lightning_stosign.optim.rounding import power_of_two_scale
-from lightning_stosign.optim.storage import (
+from lightning_stosign.optim.numerics.rounding import power_of_two_scale
+from lightning_stosign.optim.states.storage import (
     dequantize,
     quantize,
     round_by_noise,

@@ -6,8 +6,8 @@ import reference
 import torch
 
 from lightning_stosign import StatePrecision, StoSignSGD, state_bytes
-from lightning_stosign.optim.noise import noise_key, uniform_noise
-from lightning_stosign.optim.storage import dequantize, read_state
+from lightning_stosign.optim.numerics.noise import noise_key, uniform_noise
+from lightning_stosign.optim.states.storage import dequantize, read_state
 
 SHAPE = (7, 11)
 

@@ -7,7 +7,7 @@ from block_reference import E2M1, E4M3, in_blocks
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_stosign.optim.fp4 import round_e2m1_stochastically
+from lightning_stosign.optim.numerics.fp4 import round_e2m1_stochastically
 from lightning_stosign.precision.block_formats import (
     FP8_BLOCK,
     MXFP4,

@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from lightning_stosign.optim._base import StrictOptimizer, loss_of
-from lightning_stosign.optim.noise import Stream, noise_key
+from lightning_stosign.optim.base import StrictOptimizer, loss_of
+from lightning_stosign.optim.numerics.noise import Stream, noise_key
 
 # What builds the other optimizer of param groups: its class, or a functools.partial of it.
 BaseFactory: TypeAlias = Callable[..., Optimizer]

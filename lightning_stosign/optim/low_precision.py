@@ -1,4 +1,4 @@
-"""The optimizers whose states are stored in low precision: from param groups and gradients to jobs for the engine."""
+"""The optimizers whose states are stored in low precision: from param groups and gradients to jobs for the dispatch."""
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
@@ -9,17 +9,17 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import ParamsT
 
-from lightning_stosign.optim import engine
-from lightning_stosign.optim._base import StrictOptimizer, Updates, check_choice, loss_of, nonfinite
-from lightning_stosign.optim._deferred import DeferredCheck, defers
-from lightning_stosign.optim.fused import as_tensor, has_compiler
-from lightning_stosign.optim.job import Job, Path
-from lightning_stosign.optim.native import has_native, which_are_nonfinite
-from lightning_stosign.optim.noise import noise_key
+from lightning_stosign.optim.base import StrictOptimizer, Updates, check_choice, loss_of, nonfinite
+from lightning_stosign.optim.kernels import dispatch
+from lightning_stosign.optim.kernels.cpu import has_native, which_are_nonfinite
+from lightning_stosign.optim.kernels.deferred import DeferredCheck, defers
+from lightning_stosign.optim.kernels.eager import Constants, Rule, UpdateSpec
+from lightning_stosign.optim.kernels.fused import as_tensor, has_compiler
+from lightning_stosign.optim.kernels.job import Job, Path
+from lightning_stosign.optim.numerics.noise import noise_key
 from lightning_stosign.optim.sharding import local, local_grad
-from lightning_stosign.optim.state_precision import FLOAT32, StatePrecision, precision_of
-from lightning_stosign.optim.storage import init_state
-from lightning_stosign.optim.update import Constants, Rule, UpdateSpec
+from lightning_stosign.optim.states.state_precision import FLOAT32, StatePrecision, precision_of
+from lightning_stosign.optim.states.storage import init_state
 
 # Values in all from which on a path is taken by default: below, eager steps take less than the path's compilation for
 # hundreds of them.
@@ -84,10 +84,10 @@ class LowPrecisionOptimizer(StrictOptimizer):
             self._deferred = DeferredCheck(updates)
             finite = self._deferred.finite
         jobs = self._jobs(updates, finite)
-        largest = engine.find_largest(jobs)
+        largest = dispatch.find_largest(jobs)
         if finite is True and not self._are_finite(updates, _which_are_nonfinite(jobs, largest)):
             return loss
-        engine.run(jobs, largest)
+        dispatch.run(jobs, largest)
         if jobs:
             torch._foreach_add_([job.state["step"] for job in jobs], 1)
         # Autograd does not see what kernels write, and would use a parameter that it saved before the step.
@@ -176,7 +176,7 @@ class _Kind(NamedTuple):
     numbers: Tensor | None
 
 
-def _which_are_nonfinite(jobs: Sequence[Job], largest: Sequence[engine.Largest]) -> list[bool]:
+def _which_are_nonfinite(jobs: Sequence[Job], largest: Sequence[dispatch.Largest]) -> list[bool]:
     """Return for each job whether this process's part of the gradient holds inf or NaN."""
     # What was just read need not be read again: these are finite only if all gradients were.
     known = {id(job) for members, values in largest if bool(values.isfinite().all()) for job in members}

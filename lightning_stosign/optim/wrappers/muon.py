@@ -8,7 +8,7 @@ import torch
 from torch.optim import AdamW, Muon
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from lightning_stosign.optim._base import check_beta, check_choice, check_lr, check_number, check_pair, loss_of
+from lightning_stosign.optim.base import check_beta, check_choice, check_lr, check_number, check_pair, loss_of
 
 
 class MuonAdamW(Optimizer):

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from lightning_stosign.optim.fp4 import read_fp4, store_fp4
-from lightning_stosign.optim.noise import Stream
-from lightning_stosign.optim.state_precision import StatePrecision
-from lightning_stosign.optim.update import Noise, StoredRows
+from lightning_stosign.optim.kernels.eager import Noise, StoredRows
+from lightning_stosign.optim.numerics.fp4 import read_fp4, store_fp4
+from lightning_stosign.optim.numerics.noise import Stream
+from lightning_stosign.optim.states.state_precision import StatePrecision
 
 
 class Fp4Rows(StoredRows):

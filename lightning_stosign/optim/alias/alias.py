@@ -7,13 +7,13 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from lightning_stosign.optim._base import StrictOptimizer, check_beta, check_choice, check_number, loss_of
-from lightning_stosign.optim.alias_estimates import CHECK_BOUND_EVERY, check_bound, first_estimates, next_estimates
-from lightning_stosign.optim.noise import Stream, noise_key
-from lightning_stosign.optim.same_batch import gradients_at
+from lightning_stosign.optim.alias.estimates import CHECK_BOUND_EVERY, check_bound, first_estimates, next_estimates
+from lightning_stosign.optim.alias.same_batch import gradients_at
+from lightning_stosign.optim.alias.totals import Part, totals
+from lightning_stosign.optim.base import StrictOptimizer, check_beta, check_choice, check_number, loss_of
+from lightning_stosign.optim.numerics.noise import Stream, noise_key
 from lightning_stosign.optim.sharding import local, local_grad
-from lightning_stosign.optim.storage import round_by_noise
-from lightning_stosign.optim.totals import Part, totals
+from lightning_stosign.optim.states.storage import round_by_noise
 
 # Options of the whole optimizer. They live in the param groups, as all options do, but cannot differ between them.
 _GLOBAL = ("loss_lower_bound", "d0", "same_batch", "curvature", "measure_every", "accumulate_grad_batches")

@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_stosign.optim.noise import weyl_sequence
-from lightning_stosign.optim.state_precision import FP8_DTYPES
-from lightning_stosign.optim.update import Constants, RowNoise, UpdateSpec
+from lightning_stosign.optim.kernels.eager import Constants, RowNoise, UpdateSpec
+from lightning_stosign.optim.numerics.noise import weyl_sequence
+from lightning_stosign.optim.states.state_precision import FP8_DTYPES
 
 ROW = 256
 

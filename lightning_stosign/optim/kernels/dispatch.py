@@ -7,13 +7,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_stosign.optim import native
-from lightning_stosign.optim.fp4_rows import Fp4Rows
-from lightning_stosign.optim.fused import ROW, Rows, compiled_largest, compiled_update
-from lightning_stosign.optim.job import SEGMENT, Job
-from lightning_stosign.optim.noise import hash_words, weyl_sequence
+from lightning_stosign.optim.kernels import cpu
+from lightning_stosign.optim.kernels.eager import Noise, RowNoise, RunNoise, StoredRows
+from lightning_stosign.optim.kernels.fp4_rows import Fp4Rows
+from lightning_stosign.optim.kernels.fused import ROW, Rows, compiled_largest, compiled_update
+from lightning_stosign.optim.kernels.job import SEGMENT, Job
+from lightning_stosign.optim.numerics.noise import hash_words, weyl_sequence
 from lightning_stosign.optim.sharding import max_over_shards
-from lightning_stosign.optim.update import Noise, RowNoise, RunNoise, StoredRows
 
 # Values that an eager pass goes over at a time: on the CPU 1 MiB of float32, so that the passes stay in the cache.
 _CHUNK, _ACCELERATOR_CHUNK = 1 << 18, 1 << 26
@@ -33,7 +33,7 @@ class Largest(NamedTuple):
 def find_largest(jobs: Sequence[Job]) -> list[Largest]:
     """Return it for the jobs whose states have a scale that depends on all values; changes nothing."""
     natives, others = _split(filter(_has_next_scales, jobs))
-    found = [Largest(members, native.largest(members)) for members in natives]
+    found = [Largest(members, cpu.largest(members)) for members in natives]
     kinds: dict[Any, list[Job]] = {}
     for job in others:
         kinds.setdefault((id(job.spec), job.param.device), []).append(job)
@@ -52,7 +52,7 @@ def run(jobs: Sequence[Job], largest: Sequence[Largest]) -> None:
     next_scales = _next_scales(largest)
     natives, others = _split(jobs)
     for members in natives:
-        native.update(members, next_scales)
+        cpu.update(members, next_scales)
     batches: dict[Any, list[Job]] = {}
     for job in others:
         batches.setdefault(_batch_key(job) or id(job), []).append(job)
@@ -72,7 +72,7 @@ def _split(jobs: Iterable[Job]) -> tuple[list[list[Job]], list[Job]]:
     natives: dict[Any, list[Job]] = {}
     others = []
     for job in jobs:
-        if native.is_native(job):
+        if cpu.is_native(job):
             natives.setdefault((id(job.spec), id(job.constants), job.param.dtype), []).append(job)
         else:
             others.append(job)

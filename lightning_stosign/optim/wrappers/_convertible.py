@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.optim import LBFGS, Optimizer, SparseAdam
 
-from lightning_stosign.optim._shadow import BaseFactory, build_base
+from lightning_stosign.optim.wrappers.shadow import BaseFactory, build_base
 
 _STEPS = 8  # beyond the first, unnormalised steps of RAdam
 _SIDE = 4  # a trial parameter has this many entries along each dimension

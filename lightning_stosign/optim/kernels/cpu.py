@@ -11,11 +11,11 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from lightning_stosign.optim.job import SEGMENT, Job
-from lightning_stosign.optim.native_build import native_library
-from lightning_stosign.optim.noise import Stream, hash_words
-from lightning_stosign.optim.state_precision import StatePrecision
-from lightning_stosign.optim.update import UpdateSpec
+from lightning_stosign.optim.kernels.eager import UpdateSpec
+from lightning_stosign.optim.kernels.job import SEGMENT, Job
+from lightning_stosign.optim.kernels.native_build import native_library
+from lightning_stosign.optim.numerics.noise import Stream, hash_words
+from lightning_stosign.optim.states.state_precision import StatePrecision
 
 LONGEST_BLOCK = 2048
 

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_stosign.optim.fp8_bits import decode, encode, widen
-from lightning_stosign.optim.noise import (
+from lightning_stosign.optim.numerics.fp8 import decode, encode, widen
+from lightning_stosign.optim.numerics.noise import (
     Stream,
     fraction_from_bits,
     hash_bits,
@@ -17,14 +17,14 @@ from lightning_stosign.optim.noise import (
     uniform_fraction,
     uniform_noise,
 )
-from lightning_stosign.optim.rounding import (
+from lightning_stosign.optim.numerics.rounding import (
     nearest_in_float32,
     power_of_two_scale,
     round_stochastically,
     round_to_nearest,
     round_up,
 )
-from lightning_stosign.optim.state_precision import FP8_DTYPES, StatePrecision
+from lightning_stosign.optim.states.state_precision import FP8_DTYPES, StatePrecision
 
 
 class Constants(NamedTuple):

@@ -24,7 +24,7 @@ class StatePrecision:
     A state is stored as ``value / scale`` rounded to ``dtype``. Scales are powers of two (as in the OCP microscaling
     formats), so that scaling and unscaling are exact and storing an unchanged state again changes nothing.
 
-    In four bits (E2M1, NVFP4's way: :mod:`lightning_stosign.optim.fp4`) two values share a byte of a uint8 tensor, and
+    In four bits (E2M1, NVFP4's way: :mod:`lightning_stosign.optim.numerics.fp4`) two values share a byte of a uint8 tensor, and
     the blocks' scales, rounded up to E4M3, a power of two a tensor: with 16 values a block 4.5 bits a value.
 
     Args:

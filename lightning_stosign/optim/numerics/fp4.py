@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lightning_stosign.optim.rounding import power_of_two_scale, round_up
+from lightning_stosign.optim.numerics.rounding import power_of_two_scale, round_up
 
 E2M1_MAX = 6.0
 SCALE_DTYPE = torch.float8_e4m3fn

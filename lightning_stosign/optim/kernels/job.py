@@ -5,10 +5,10 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from lightning_stosign.optim.noise import Stream
+from lightning_stosign.optim.kernels.eager import Constants, UpdateSpec
+from lightning_stosign.optim.numerics.noise import Stream
 from lightning_stosign.optim.sharding import Shard, local, shard_of
-from lightning_stosign.optim.storage import SCALE_SUFFIX, TENSOR_SCALE_SUFFIX
-from lightning_stosign.optim.update import Constants, UpdateSpec
+from lightning_stosign.optim.states.storage import SCALE_SUFFIX, TENSOR_SCALE_SUFFIX
 
 Path = Literal["native", "compiled", "eager"]
 

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from lightning_stosign.optim._base import check_choice, check_seed, update_param
-from lightning_stosign.optim._convertible import refuse_unless_convertible, set_lr
-from lightning_stosign.optim._shadow import BaseFactory, ShadowOptimizer, new_shadow
-from lightning_stosign.optim.noise import Stream, uniform_noise
+from lightning_stosign.optim.base import check_choice, check_seed, update_param
+from lightning_stosign.optim.numerics.noise import Stream, uniform_noise
+from lightning_stosign.optim.wrappers._convertible import refuse_unless_convertible, set_lr
+from lightning_stosign.optim.wrappers.shadow import BaseFactory, ShadowOptimizer, new_shadow
 
 ENVELOPE = "sign_envelope"
 

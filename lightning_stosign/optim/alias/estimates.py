@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_stosign.optim.totals import mean_over_processes
+from lightning_stosign.optim.alias.totals import mean_over_processes
 
 # How often the loss is compared with its lower bound, which makes the host wait for the device.
 CHECK_BOUND_EVERY = 100

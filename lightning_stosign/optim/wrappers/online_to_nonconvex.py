@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from lightning_stosign.optim._base import check_number, check_seed, update_param
-from lightning_stosign.optim._shadow import OUTER_STEP, BaseFactory, ShadowOptimizer, new_shadow
-from lightning_stosign.optim.noise import Stream, noise_key, uniform_noise
+from lightning_stosign.optim.base import check_number, check_seed, update_param
+from lightning_stosign.optim.numerics.noise import Stream, noise_key, uniform_noise
 from lightning_stosign.optim.stosign import StoSignSGD
+from lightning_stosign.optim.wrappers.shadow import OUTER_STEP, BaseFactory, ShadowOptimizer, new_shadow
 
 _ALL_PARAMETERS = -1  # the index under which noise is drawn that is one for all parameters
 

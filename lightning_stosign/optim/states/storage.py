@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from lightning_stosign.optim.fp4 import (
+from lightning_stosign.optim.numerics.fp4 import (
     E2M1_MAX,
     FP4_LARGEST,
     SCALE_DTYPE,
@@ -18,11 +18,16 @@ from lightning_stosign.optim.fp4 import (
     read_fp4,
     store_fp4,
 )
-from lightning_stosign.optim.fp8_bits import widen
-from lightning_stosign.optim.noise import uniform_fraction
-from lightning_stosign.optim.rounding import power_of_two_scale, round_stochastically, round_to_nearest, round_up
+from lightning_stosign.optim.numerics.fp8 import widen
+from lightning_stosign.optim.numerics.noise import uniform_fraction
+from lightning_stosign.optim.numerics.rounding import (
+    power_of_two_scale,
+    round_stochastically,
+    round_to_nearest,
+    round_up,
+)
 from lightning_stosign.optim.sharding import local
-from lightning_stosign.optim.state_precision import StatePrecision
+from lightning_stosign.optim.states.state_precision import StatePrecision
 
 SCALE_SUFFIX = "_scale"
 TENSOR_SCALE_SUFFIX = "_scale_scale"  # of four-bit states, whose block scales have a scale themselves

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT, StateDict
 
 from lightning_stosign.optim.sharding import local_grad, max_over_shards, shard_of
-from lightning_stosign.optim.state_precision import FP8_DTYPES
-from lightning_stosign.optim.storage import SHAPE_SUFFIX, round_by_noise
+from lightning_stosign.optim.states.state_precision import FP8_DTYPES
+from lightning_stosign.optim.states.storage import SHAPE_SUFFIX, round_by_noise
 
 Updates = list[tuple[int, Tensor, dict[str, Any]]]
 """(index in the optimizer, parameter, group) of the parameters to update."""

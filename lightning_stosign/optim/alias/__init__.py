@@ -1,0 +1,1 @@
+"""Parameter-free Sign-SGD: ALIAS, its estimates, and the search for one fixed step size."""

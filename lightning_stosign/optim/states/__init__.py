@@ -1,0 +1,1 @@
+"""How an optimizer's state is stored: its format, its scales, and the way there and back."""
