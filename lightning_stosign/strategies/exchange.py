@@ -16,10 +16,9 @@ from lightning_stosign.strategies.compression import (
     decode_,
     keep_residuals_,
 )
-from lightning_stosign.strategies.counts import counts_width, pack_counts, unpack_counts
 from lightning_stosign.strategies.launch import Launcher, StreamLauncher, ThreadLauncher
-from lightning_stosign.strategies.message import Message
-from lightning_stosign.strategies.packing import count_votes, majority, pack_signs
+from lightning_stosign.strategies.packing import pack_signs
+from lightning_stosign.strategies.voting_round import VotingRound
 from lightning_stosign.strategies.wire import Wire
 
 Aggregation = Literal["majority", "mean"]
@@ -31,10 +30,8 @@ BUCKET_CAP_MB = 4.0
 class SignExchange:
     """Replaces DDP's all_reduce: signs up, votes counted in equal parts by all workers, their result down.
 
-    Register it with ``ddp_model.register_comm_hook(exchange, sign_hook)``. A bucket's ``n`` compressed values cost a
-    worker ``n (W - 1) / 8 W`` bytes up and as many down for ``majority``; for ``mean``, which needs the number of
-    votes, 1.6 times as many down with 2 workers, 2.67 times with 4, 3.2 times with 8. The values that are not
-    compressed go in the same messages. A parameter tensor costs 4 bytes more for its scale.
+    Register it with ``ddp_model.register_comm_hook(exchange, sign_hook)``. What a bucket costs is said at
+    :class:`VotingRound`; a parameter tensor costs 4 bytes more for its scale.
 
     Everything but the rank is the same on all workers, and so is the result, bit for bit. It depends on the values of a
     parameter, the step and the seed, not on how DDP groups parameters into buckets.
@@ -158,36 +155,14 @@ class SignExchange:
         if step <= self._warmup_steps:
             self.wire.all_reduce_(flat.div_(self.wire.workers))
             return
-        workers, votes = self.wire.workers, self._aggregation == "majority"
-        voters = 1 if votes else workers  # that remain to be counted when the result comes down
-        up = Message(layout.exact_width, flat.dtype, layout.width)
-        down = Message(layout.exact_width, flat.dtype, counts_width(layout.width, voters))
-
-        mine = up.empty(workers, flat.device)
-        exact = flat.new_empty((workers, layout.exact_width))
-        collect_(exact.view(-1), flat, layout.exact)
-        up.exact_of(mine).copy_(exact)
+        voting = VotingRound(self.wire, layout, flat.dtype, flat.device, by_majority=self._aggregation == "majority")
+        collect_(voting.exact.view(-1), flat, layout.exact)
         values = self._values(flat, layout)
-        scales = self._pack(values, flat, layout, step, out=up.packed_of(mine))
-
-        # All workers' values and signs of this worker's part; with an even number of workers, a vote more for ties.
-        breaks_ties = votes and workers % 2 == 0
-        theirs = up.empty(workers + breaks_ties, flat.device)
-        self.wire.all_to_all(mine, theirs[:workers])
-        signs = up.packed_of(theirs)
-        if breaks_ties:
-            coins = self._code.tie_breaker(layout, step, values.view(torch.int8)[: 8 * layout.width])
-            pack_signs(coins.view(1, 8 * layout.width), zero_is_positive=True, out=signs[workers:])
-        result = down.empty(1, flat.device)
-        down.exact_of(result)[0] = up.exact_of(theirs)[:workers].mean(0, dtype=values.dtype)
-        pack_counts(majority(signs) if votes else count_votes(signs), voters, out=down.packed_of(result)[0])
-
-        results = self.wire.all_gather(result[0])
-        exact.copy_(down.exact_of(results))
+        scales = self._pack(values, flat, layout, step, out=voting.signs)
+        voting.run(lambda out: self._code.tie_breaker(layout, step, out))
         for s in layout.exact:
-            s.of_bucket(flat).copy_(s.of(exact.view(-1)))
-        unpack_counts(down.packed_of(results), voters, out=values.view(workers, 8 * layout.width))
-        decode_(flat, values, layout, scales, voters)
+            s.of_bucket(flat).copy_(s.of(voting.exact.view(-1)))
+        decode_(flat, voting.counts(values), layout, scales, voting.voters)
 
     def _pack(self, values: Tensor, flat: Tensor, layout: Layout, step: int, out: Tensor) -> Tensor:
         """Write this worker's signs.
