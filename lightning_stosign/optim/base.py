@@ -182,11 +182,12 @@ class StrictOptimizer(Optimizer, ABC):
                     group.setdefault(option, value)
 
 
-def update_param(param: Tensor, direction: Tensor, lr: float | Tensor, weight_decay: float, key: int) -> None:
+def update_param(param: Tensor, direction: Tensor, lr: float | Tensor, weight_decay: float, key: int | None) -> None:
     """``param = param - lr * weight_decay * param - lr * direction``, in place; ``direction`` is used up.
 
     A bfloat16 or float16 parameter is updated in float32 and rounded stochastically, by the noise of ``key``: a step of
-    ``lr`` is often below half the spacing of its numbers, and would be lost each time if rounded to the nearest.
+    ``lr`` is often below half the spacing of its numbers, and would be lost each time if rounded to nearest, which is
+    what None does.
     """
     if isinstance(lr, Tensor):
         lr = lr.to(param.device).reshape(())
@@ -195,7 +196,7 @@ def update_param(param: Tensor, direction: Tensor, lr: float | Tensor, weight_de
         value.mul_(1 - lr * weight_decay)
     value.sub_(direction.mul_(lr))
     if value is not param:
-        param.copy_(round_by_noise(value, param.dtype, key))
+        param.copy_(value if key is None else round_by_noise(value, param.dtype, key))
 
 
 class _Bytes(NamedTuple):

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import ParamsT
 
-from lightning_stosign.optim.base import StrictOptimizer, Updates, check_choice, loss_of, nonfinite
+from lightning_stosign.optim.base import Updates, check_choice, loss_of, nonfinite
 from lightning_stosign.optim.kernels import dispatch
 from lightning_stosign.optim.kernels.cpu import has_native, which_are_nonfinite
 from lightning_stosign.optim.kernels.deferred import DeferredCheck, defers
@@ -20,13 +20,14 @@ from lightning_stosign.optim.numerics.noise import noise_key
 from lightning_stosign.optim.sharding import local, local_grad
 from lightning_stosign.optim.states.state_precision import FLOAT32, StatePrecision, precision_of
 from lightning_stosign.optim.states.storage import init_state
+from lightning_stosign.optim.voted_step import VotedSteps
 
 # Values in all from which on a path is taken by default: below, eager steps take less than the path's compilation for
 # hundreds of them.
 WORTH: dict[Path, int] = {"native": 1_000_000, "compiled": 10_000_000}
 
 
-class LowPrecisionOptimizer(StrictOptimizer):
+class LowPrecisionOptimizer(VotedSteps):
     """Base of the optimizers that store their states by a :class:`StatePrecision`, with compiled and eager steps.
 
     A subclass implements :meth:`_rule` and :meth:`_rates`.
@@ -77,6 +78,9 @@ class LowPrecisionOptimizer(StrictOptimizer):
     @torch.no_grad()
     def _step(self, closure: Callable[[], Any] | None) -> Any:
         loss = loss_of(closure)
+        if self._ballot is not None:
+            self._step_by_vote(self._ballot)
+            return loss
         self._report_deferred()
         updates = list(self._params_with_grad())
         finite: bool | Tensor = True
@@ -93,6 +97,9 @@ class LowPrecisionOptimizer(StrictOptimizer):
         # Autograd does not see what kernels write, and would use a parameter that it saved before the step.
         torch.autograd.graph.increment_version([job.param for job in jobs if job.path != "eager"])
         return loss
+
+    def _gives_signs(self, group: dict[str, Any]) -> bool:
+        return self._rule(group).gives_signs
 
     def _jobs(self, updates: Updates, finite: bool | Tensor) -> list[Job]:
         """Return what to do; it changes nothing but creates missing states."""

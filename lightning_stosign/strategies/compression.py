@@ -7,7 +7,7 @@ gradient. With plain signs it is the mean over workers of :math:`\mathrm{mean}_i
 workers' squared errors sum up smallest, so that error feedback contracts.
 """
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -143,12 +143,35 @@ class SignCode:
             step: the number of the step.
             out: int8, shape ``[8 * width]``, to write the coins to: a vote for the positive sign is 0 or more.
         """
-        out.zero_()
-        for s, first, last in _overlaps(layout, self.rank):
-            key = noise_key(self.seed, step, s.index, Stream.TIE)
-            start = s.at + first - self.rank * 8 * layout.width
-            out[start : start + last - first] = fair_coins(key, last - first, start=first, device=out.device)
-        return out
+        keys = [noise_key(self.seed, step, s.index, Stream.TIE) for s in layout.compressed]
+        return cast_coins(layout, self.rank, keys, out)
+
+
+def cast_coins(
+    layout: Layout, rank: int, keys: Sequence[int], out: Tensor, negated: Sequence[bool] | None = None
+) -> Tensor:
+    """Write one vote for each coordinate of a worker's part, fair coins that are a function of key and element.
+
+    Args:
+        layout: the bucket's.
+        rank: of the worker whose part it is.
+        keys: one noise key per compressed parameter.
+        out: int8, shape ``[8 * width]``: a vote for the positive sign is 0 or more.
+        negated: for each compressed parameter, whether its coins are turned over.
+
+    Returns:
+        ``out``.
+    """
+    out.zero_()
+    low, high = rank * 8 * layout.width, (rank + 1) * 8 * layout.width
+    for i, s in enumerate(layout.compressed):
+        first, last = max(low - s.at, 0), min(high - s.at, s.numel)
+        if first < last:
+            part = out[s.at + first - low : s.at + last - low]
+            part.copy_(fair_coins(keys[i], last - first, start=first, device=out.device))
+            if negated is not None and negated[i]:
+                part.bitwise_not_()
+    return out
 
 
 def collect_(values: Tensor, flat: Tensor, slices: list[Slice]) -> None:
@@ -195,12 +218,3 @@ def decode_(flat: Tensor, counts: Tensor, layout: Layout, scales: Tensor, voters
     counts.sub_(voters / 2)
     for s, scale in zip(layout.compressed, scales * (2 / voters), strict=True):
         torch.mul(s.of(counts), scale, out=s.of_bucket(flat))
-
-
-def _overlaps(layout: Layout, rank: int) -> Iterator[tuple[Slice, int, int]]:
-    """Yield (slice, first, last): which of a parameter's values are in a worker's part."""
-    low, high = rank * 8 * layout.width, (rank + 1) * 8 * layout.width
-    for s in layout.compressed:
-        first, last = max(low - s.at, 0), min(high - s.at, s.numel)
-        if first < last:
-            yield s, first, last

@@ -16,7 +16,7 @@ from lightning_stosign.strategies.compression import (
     decode_,
     keep_residuals_,
 )
-from lightning_stosign.strategies.launch import Launcher, StreamLauncher, ThreadLauncher
+from lightning_stosign.strategies.launch import Launcher, launcher_for
 from lightning_stosign.strategies.packing import pack_signs
 from lightning_stosign.strategies.voting_round import VotingRound
 from lightning_stosign.strategies.wire import Wire
@@ -89,7 +89,7 @@ class SignExchange:
         flat = bucket.buffer()
         layout = self._layout(bucket.parameters())
         if self._launcher is None:
-            self._launcher = ThreadLauncher() if flat.device.type == "cpu" else StreamLauncher(flat.device)
+            self._launcher = launcher_for(flat.device)
         return self._launcher.submit(self._job(flat, layout, self.step))
 
     def close(self) -> None:

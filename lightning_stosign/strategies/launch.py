@@ -79,3 +79,8 @@ class StreamLauncher(Launcher):
         """Wait for the stream."""
         self._stream.synchronize()
         return True
+
+
+def launcher_for(device: torch.device) -> Launcher:
+    """Return the launcher for exchanges of tensors on a device."""
+    return ThreadLauncher() if device.type == "cpu" else StreamLauncher(device)

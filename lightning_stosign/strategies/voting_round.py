@@ -67,7 +67,8 @@ class VotingRound:
             pack_signs(coins.view(1, -1), zero_is_positive=True, out=signs[workers:])
         result = self._down.empty(1, device)
         dtype = torch.promote_types(self.exact.dtype, torch.float32)
-        self._down.exact_of(result)[0] = self._up.exact_of(theirs)[:workers].mean(0, dtype=dtype)
+        # Divided first: the sum of large gradients would not be finite where their mean is.
+        self._down.exact_of(result)[0] = self._up.exact_of(theirs)[:workers].to(dtype).div_(workers).sum(0)
         votes = majority(signs) if self._by_majority else count_votes(signs)
         pack_counts(votes, self.voters, out=self._down.packed_of(result)[0])
         self._results = self._wire.all_gather(result[0])

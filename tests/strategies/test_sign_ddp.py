@@ -41,7 +41,10 @@ class Net(LightningModule):
         return self.heads
 
     def on_train_batch_end(self, outputs, batch, batch_idx):
-        exchange = self.trainer.strategy._exchange
+        strategy = self.trainer.strategy
+        exchange = None
+        if isinstance(strategy, SignDDPStrategy):
+            exchange = next(iter(strategy._ballots), strategy._exchange)
         self.sent.append(exchange.wire.bytes_sent if exchange is not None else 0)
 
     def configure_optimizers(self):
@@ -73,16 +76,18 @@ def outcome(net, trainer):
     }
 
 
-def four_workers(rank, workers, aggregation, steps):
+def four_workers(rank, workers, signs_of, aggregation, steps):
     """Steps with all that can make replicas differ."""
-    strategy = SignDDPStrategy(aggregation, find_unused_parameters=True, warmup_steps=5, bucket_cap_mb=0.001)
+    options = {"find_unused_parameters": True, "bucket_cap_mb": 0.001} if signs_of == "gradients" else {}
+    strategy = SignDDPStrategy(aggregation, signs_of=signs_of, warmup_steps=5, **options)
     return outcome(*fit(workers, strategy, steps, net=Unused, gradient_clip_val=0.5, accumulate_grad_batches=2))
 
 
-LONG = [("majority", 200), ("mean", 200)]
+LONG = [("gradients", "majority", 200), ("gradients", "mean", 200), ("updates", "mean", 200)]
+SHORT = [("gradients", "mean", 40), ("updates", "majority", 50)]
 
 
-@pytest.fixture(scope="module", params=[("mean", 40), *(pytest.param(p, marks=pytest.mark.slow) for p in LONG)])
+@pytest.fixture(scope="module", params=[*SHORT, *(pytest.param(p, marks=pytest.mark.slow) for p in LONG)], ids=str)
 def long_fit(request):
     return run_workers(four_workers, 4, *request.param)
 
@@ -102,8 +107,7 @@ def test_nothing_is_sent_before_the_last_micro_batch(long_fit):
     sent = long_fit[0]["sent"]
     per_batch = [after - before for before, after in zip([0, *sent], sent, strict=False)]
     assert not any(per_batch[0::2]) and all(per_batch[1::2])
-    assert len(set(per_batch[1:10:2])) == 1 and len(set(per_batch[11::2])) == 1
-    assert per_batch[11] < per_batch[1]  # warm-up over
+    assert max(per_batch[11::2]) < min(per_batch[1:10:2])  # warm-up over
 
 
 def test_bytes_of_the_step_are_logged(long_fit):
@@ -111,23 +115,27 @@ def test_bytes_of_the_step_are_logged(long_fit):
         assert result["metrics"]["sign_ddp/bytes_sent"] == result["sent"][-1] - result["sent"][-2]
 
 
+def on_gradients(aggregation="majority", **options):
+    return SignDDPStrategy(aggregation, signs_of="gradients", **options)
+
+
 def variants(rank, workers, folder):
     """Two workers: other ways to train, each of which must end with finite weights that all workers share."""
     results = {}
-    results["static graph"] = outcome(*fit(workers, SignDDPStrategy(static_graph=True), 6))
-    results["bucket views"] = outcome(*fit(workers, SignDDPStrategy(gradient_as_bucket_view=True), 6))
-    results["usual"] = outcome(*fit(workers, "sign_ddp_majority", 6))
-    results["bfloat16 autocast"] = outcome(*fit(workers, "sign_ddp_mean", 6, precision="bf16-mixed"))
-    results["manual"] = outcome(*fit(workers, "sign_ddp", 6, net=Manual))
+    results["static graph"] = outcome(*fit(workers, on_gradients(static_graph=True), 6))
+    results["bucket views"] = outcome(*fit(workers, on_gradients(gradient_as_bucket_view=True), 6))
+    results["usual"] = outcome(*fit(workers, on_gradients(), 6))
+    results["bfloat16 autocast"] = outcome(*fit(workers, on_gradients("mean"), 6, precision="bf16-mixed"))
+    results["manual"] = outcome(*fit(workers, on_gradients(), 6, net=Manual))
 
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     plugin = MixedPrecision("16-mixed", "cpu", scaler)
-    overflowing, trainer = fit(workers, SignDDPStrategy("mean"), 6, net=Overflows, plugins=[plugin])
+    overflowing, trainer = fit(workers, on_gradients("mean"), 6, net=Overflows, plugins=[plugin])
     results["grad scaler"] = outcome(overflowing, trainer) | {"scales": overflowing.scales}
 
     # A run of 8 steps, and one that stops after 5 and is resumed; with all that a strategy has to remember.
     def fresh():
-        return SignDDPStrategy("mean", stochastic=False, error_feedback=True, warmup_steps=2)
+        return on_gradients("mean", stochastic=False, error_feedback=True, warmup_steps=2)
 
     results["whole"] = outcome(*fit(workers, fresh(), 8, batches=1))
     _, trainer = fit(workers, fresh(), 5, batches=1)
@@ -222,7 +230,7 @@ def test_checkpoint_of_weights_is_one_of_weights(short_fits, folder):
 
 
 def three_workers_resume(rank, workers, folder):
-    strategy = SignDDPStrategy("mean", stochastic=False, error_feedback=True)
+    strategy = on_gradients("mean", stochastic=False, error_feedback=True)
     checkpoint = torch.load(f"{folder}/five.ckpt", weights_only=True)
     owed = []
 
@@ -251,7 +259,10 @@ def test_other_number_of_workers_resumes_and_still_owes_the_same(short_fits, fol
     [
         ({"aggregation": "median"}, ValueError, "aggregation='median' is not supported; accepted: 'majority', 'mean'"),
         ({"stochastic": "yes"}, ValueError, "stochastic='yes' is not supported; accepted: True, False"),
-        ({"error_feedback": True}, ValueError, "error_feedback=True needs stochastic=False"),
+        ({"signs_of": "weights"}, ValueError, "signs_of='weights' is not supported; accepted: 'updates', 'gradients'"),
+        ({"error_feedback": True}, ValueError, "error_feedback=True needs signs_of='gradients'"),
+        ({"stochastic": False}, ValueError, "stochastic=False needs signs_of='gradients'"),
+        ({"signs_of": "gradients", "error_feedback": True}, ValueError, "error_feedback=True needs stochastic=False"),
         ({"warmup_steps": -1}, ValueError, "warmup_steps=-1 must be at least 0"),
         ({"warmup_steps": 1.5}, TypeError, "warmup_steps=1.5 must be an int"),
         ({"seed": 1 << 64}, ValueError, r"seed=\d+ must be at least 0 and less than 2\*\*64"),
