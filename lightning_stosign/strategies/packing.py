@@ -118,3 +118,22 @@ def majority(votes: Tensor) -> Tensor:
     for b, plane in enumerate(planes):
         carry = carry | plane if constant >> b & 1 else carry & plane
     return carry
+
+
+def count_unanimous(votes: Tensor) -> Tensor:
+    """Return on how many coordinates all packed votes are the same.
+
+    Args:
+        votes: uint8, shape ``[voters, width]``.
+
+    Returns:
+        int64, 0-dimensional.
+    """
+    all_positive, any_positive = votes[0].clone(), votes[0].clone()
+    for vote in votes[1:]:
+        all_positive.bitwise_and_(vote)
+        any_positive.bitwise_or_(vote)
+    bits = all_positive | ~any_positive
+    bits = (bits & 0x55) + (bits >> 1 & 0x55)  # in pairs, then in fours, then in the whole byte
+    bits = (bits & 0x33) + (bits >> 2 & 0x33)
+    return ((bits & 0x0F) + (bits >> 4)).sum(dtype=torch.int64)

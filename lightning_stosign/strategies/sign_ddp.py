@@ -23,6 +23,7 @@ from lightning_stosign.strategies.wire import Wire
 
 CHECKPOINT_KEY = "SignDDPStrategy"
 BYTES_TAG = "sign_ddp/bytes_sent"
+AGREEMENT_TAG = "sign_ddp/agreement"
 VECTORS = "1d"
 OWN_SUFFIX = ".workers"
 GATHERED_BYTES = 1 << 30  # states of all workers that go into one file
@@ -79,7 +80,10 @@ class SignDDPStrategy(DDPStrategy):
     costs a tenth of what the signs cost. One bit cannot say zero: leave out layers where that matters, such as
     embeddings of rare tokens.
 
-    Logs ``sign_ddp/bytes_sent``: the bytes that this worker sent for the step.
+    Logs ``sign_ddp/bytes_sent``: the bytes that this worker sent for the step. With ``log_agreement``, logs
+    ``sign_ddp/agreement``: the share of coordinates whose updates have the same sign on all ``W`` workers. Independent
+    coins agree on 2 ** (1 - W) of them; the closer to that, the less the gradients of a step say, and the more a
+    further worker helps. Near 1, more workers have stopped helping.
 
     Args:
         aggregation: ``"majority"`` or ``"mean"``.
@@ -92,6 +96,7 @@ class SignDDPStrategy(DDPStrategy):
         uncompressed: what is averaged in full precision: globs on parameter names, and ``"1d"`` for all parameters of
             fewer than two dimensions.
         warmup_steps: number of steps that average all gradients in full precision before the first vote, >= 0.
+        log_agreement: measure and log the workers' agreement on updates. Costs one short message per step.
         seed: of the noise in signs of gradients and in ties, in [0, 2**64).
         **ddp_kwargs: for ``DDPStrategy``, e.g. ``timeout``. With votes on updates those of DDP's reducer
             (``find_unused_parameters``, ``static_graph``, ...) have no effect. With votes on gradients
@@ -124,6 +129,7 @@ class SignDDPStrategy(DDPStrategy):
         error_feedback: bool = False,
         uncompressed: Sequence[str] = (VECTORS,),
         warmup_steps: int = 0,
+        log_agreement: bool = False,
         seed: int = 0,
         **ddp_kwargs: Any,
     ) -> None:
@@ -131,6 +137,9 @@ class SignDDPStrategy(DDPStrategy):
         check_choice("signs_of", signs_of, get_args(SignsOf))
         check_choice("stochastic", stochastic, (True, False))
         check_choice("error_feedback", error_feedback, (True, False))
+        check_choice("log_agreement", log_agreement, (True, False))
+        if log_agreement and signs_of == "gradients":
+            raise ValueError("log_agreement=True needs signs_of='updates'")
         if signs_of == "updates" and (error_feedback or not stochastic):
             option = f"error_feedback={error_feedback}" if error_feedback else f"stochastic={stochastic}"
             raise ValueError(
@@ -166,6 +175,7 @@ class SignDDPStrategy(DDPStrategy):
         self.error_feedback = error_feedback
         self.uncompressed = tuple(uncompressed)
         self.warmup_steps = warmup_steps
+        self.log_agreement = log_agreement
         self.seed = seed
         self._exchange: SignExchange | None = None
         self._ballots: list[UpdateBallot] = []
@@ -253,6 +263,7 @@ class SignDDPStrategy(DDPStrategy):
                 by_majority=self.aggregation == "majority",
                 seed=self.seed,
                 warmup_steps=self.warmup_steps,
+                watch=self.log_agreement,
             )
             for _ in voting
         ]
@@ -287,11 +298,12 @@ class SignDDPStrategy(DDPStrategy):
     ) -> Any:
         """Perform the optimizer step, and log how many bytes it sent."""
         output = super().optimizer_step(optimizer, closure, model, **kwargs)
-        exchange = self._exchange or next(
-            (ballot for ours, ballot in zip(self.optimizers, self._ballots, strict=False) if ours is optimizer), None
-        )
+        ballot = next((b for ours, b in zip(self.optimizers, self._ballots, strict=False) if ours is optimizer), None)
+        exchange = self._exchange or ballot
         if exchange is not None and self.lightning_module is not None:
             self.lightning_module.log(BYTES_TAG, float(exchange.bytes_sent))
+            if ballot is not None and self.log_agreement:
+                self.lightning_module.log(AGREEMENT_TAG, ballot.agreement())
         return output
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:

@@ -1,5 +1,6 @@
 """Workers vote on their updates: what each sends of a bucket of parameters, and what comes back."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -32,13 +33,21 @@ class UpdateBallot:
         by_majority: whether the majority decides, or the mean of the signs.
         seed: of the coins that decide ties, the same on all workers.
         warmup_steps: how many steps average all gradients before the first vote.
+        watch: whether to measure :meth:`agreement`.
 
     Raises:
         ValueError: more than 255 workers and no majority: counts of votes are bytes.
     """
 
     def __init__(
-        self, is_voted: Callable[[Tensor], bool], wire: Wire, *, by_majority: bool, seed: int, warmup_steps: int
+        self,
+        is_voted: Callable[[Tensor], bool],
+        wire: Wire,
+        *,
+        by_majority: bool,
+        seed: int,
+        warmup_steps: int,
+        watch: bool = False,
     ) -> None:
         if not by_majority and wire.workers > 255:
             raise ValueError(f"aggregation='mean' counts the votes of at most 255 workers, got {wire.workers}")
@@ -48,7 +57,10 @@ class UpdateBallot:
         self.seed = seed
         self.step = 0  # of the last step that was exchanged, from 1
         self.is_voted = is_voted
+        self.watch = watch
         self._warmup_steps = warmup_steps
+        self._unanimous: list[Tensor] = []
+        self._voted = 0  # coordinates of this step
         self._bytes_before = 0
         self._launcher: Launcher | None = None
         self._rooms: dict[str, Tensor] = {}
@@ -62,6 +74,7 @@ class UpdateBallot:
         """Begin a step: return the elementwise maximum of all workers' uint8 flags."""
         self.step += 1
         self._bytes_before = self.wire.bytes_sent
+        self._unanimous, self._voted = [], 0
         with self._explained():
             self.wire.all_reduce_(flags, dist.ReduceOp.MAX)
         return flags
@@ -90,6 +103,20 @@ class UpdateBallot:
         if self._launcher is None:
             self._launcher = launcher_for(device)
         return self._launcher.submit(explained)
+
+    def count(self, unanimous: Tensor | None, voted: int) -> None:
+        """Take note of how many coordinates of this worker's part of a bucket were unanimous, and how many it has."""
+        if unanimous is not None:
+            self._unanimous.append(unanimous)
+            self._voted += voted
+
+    def agreement(self) -> float:
+        """Return the share of the last step's coordinates on which all workers agreed. All workers must call it."""
+        if not self._voted:
+            return math.nan
+        total = torch.stack(self._unanimous).sum()
+        self.wire.all_reduce_(total)
+        return float(total) / self._voted
 
     def room(self, name: str, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Return a work buffer. Kept from bucket to bucket: new memory costs more than the packing."""
@@ -128,7 +155,14 @@ class UpdateBucket:
         for number, entry in enumerate(entries):
             self._layout.add(str(number), entry.index, entry.param.numel(), compress=entry.voted)
             self._slices[entry] = (self._layout.compressed if entry.voted else self._layout.exact)[-1]
-        self._round = VotingRound(ballot.wire, self._layout, self._dtype, self._device, by_majority=ballot.by_majority)
+        self._round = VotingRound(
+            ballot.wire,
+            self._layout,
+            self._dtype,
+            self._device,
+            by_majority=ballot.by_majority,
+            watch=ballot.watch,
+        )
         self._votes = torch.empty(0)
         self._future: Future[Tensor] | None = None
 
@@ -151,6 +185,7 @@ class UpdateBucket:
         """Wait for the exchange."""
         assert self._future is not None
         self._future.wait()
+        self._ballot.count(self._round.unanimous, self._layout.n_compressed)
         dtype = torch.promote_types(self._dtype, torch.float32)
         room = self._ballot.room("votes", self._layout.padded, dtype, self._device)
         voters = self._round.voters

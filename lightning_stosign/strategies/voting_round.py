@@ -8,7 +8,7 @@ from torch import Tensor
 from lightning_stosign.strategies.compression import Layout
 from lightning_stosign.strategies.counts import counts_width, pack_counts, unpack_counts
 from lightning_stosign.strategies.message import Message
-from lightning_stosign.strategies.packing import count_votes, majority, pack_signs
+from lightning_stosign.strategies.packing import count_unanimous, count_votes, majority, pack_signs
 from lightning_stosign.strategies.wire import Wire
 
 
@@ -25,16 +25,27 @@ class VotingRound:
         dtype: of the values that are averaged.
         device: of all tensors.
         by_majority: whether the result is the majority's sign, or the number of votes.
+        watch: whether to count the coordinates on which all workers agree.
     """
 
     def __init__(
-        self, wire: Wire, layout: Layout, dtype: torch.dtype, device: torch.device, *, by_majority: bool
+        self,
+        wire: Wire,
+        layout: Layout,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        by_majority: bool,
+        watch: bool = False,
     ) -> None:
         self._wire, self._layout, self._by_majority = wire, layout, by_majority
         self._up = Message(layout.exact_width, dtype, layout.width)
         self._down = Message(layout.exact_width, dtype, counts_width(layout.width, self.voters))
         self._mine = self._up.empty(wire.workers, device)
         self._results = self._mine
+        self.unanimous: Tensor | None = None
+        """How many coordinates of this worker's part all workers agreed on, if watched: int64, 0-dimensional."""
+        self._watch = watch
         self.exact = torch.empty((wire.workers, layout.exact_width), dtype=dtype, device=device)
         """This worker's values to be averaged, in equal parts; after :meth:`run` their means over all workers."""
 
@@ -62,6 +73,10 @@ class VotingRound:
         theirs = self._up.empty(workers + breaks_ties, device)
         self._wire.all_to_all(self._mine, theirs[:workers])
         signs = self._up.packed_of(theirs)
+        if self._watch:
+            part = 8 * layout.width
+            voted = min(max(layout.n_compressed - self._wire.rank * part, 0), part)
+            self.unanimous = count_unanimous(signs[:workers]) - (part - voted)  # all agree on the padding
         if breaks_ties:
             coins = tie_breaker(torch.empty(8 * layout.width, dtype=torch.int8, device=device))
             pack_signs(coins.view(1, -1), zero_is_positive=True, out=signs[workers:])

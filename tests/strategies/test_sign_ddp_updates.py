@@ -89,7 +89,7 @@ def ways_to_train(rank, workers, folder):
     """Two workers: each way must end with finite weights that all workers share."""
     results = {}
     results["majority"] = outcome(*fit(workers, "sign_ddp", 10))
-    results["mean"] = outcome(*fit(workers, "sign_ddp_mean", 10))
+    results["mean"] = outcome(*fit(workers, SignDDPStrategy("mean", log_agreement=True), 10))
     results["manual"] = outcome(*fit(workers, "sign_ddp", 10, net=Manual))
     results["bfloat16 autocast"] = outcome(*fit(workers, "sign_ddp_mean", 10, precision="bf16-mixed"))
     results["two optimizers"] = outcome(*fit(workers, "sign_ddp_mean", 10, net=Two))
@@ -132,6 +132,11 @@ def test_replicas_agree(fits, way):
     for name, weight in first.items():
         local = "running" in name  # what a worker's own last batch did to it
         assert (local or torch.equal(weight, second[name])) and bool(weight.isfinite().all()), name
+
+
+def test_agreement_is_logged_if_wanted(fits):
+    assert all(0 < result["mean"]["metrics"]["sign_ddp/agreement"] < 1 for result in fits)
+    assert not any("sign_ddp/agreement" in result["majority"]["metrics"] for result in fits)
 
 
 def test_manual_optimization_takes_the_same_steps(fits):

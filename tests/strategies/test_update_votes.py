@@ -30,9 +30,9 @@ def start(dtype=torch.float32):
     return {name: nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for name, shape in SHAPES.items()}
 
 
-def connect(optimizer, *, by_majority, warmup_steps=0, voted=lambda param: param.ndim > 1):
-    wire = Wire(dist.new_group())
-    ballot = UpdateBallot(voted, wire, by_majority=by_majority, seed=TIE_SEED, warmup_steps=warmup_steps)
+def connect(optimizer, *, by_majority, warmup_steps=0):
+    options = {"by_majority": by_majority, "seed": TIE_SEED, "warmup_steps": warmup_steps, "watch": True}
+    ballot = UpdateBallot(lambda param: param.ndim > 1, Wire(dist.new_group()), **options)
     optimizer.vote_by(ballot)
     return ballot
 
@@ -44,17 +44,18 @@ def train(cls=StoSignSGD, *, by_majority, dtype=torch.float32, connected=True, w
         options["seed"] = SEED
     optimizer = cls(params.items(), lr=LR, weight_decay=DECAY, **options)
     ballot = connect(optimizer, by_majority=by_majority, warmup_steps=warmup_steps) if connected else None
-    steps, sent = [], []
+    steps, sent, agreement = [], [], []
     for step in range(1, STEPS + 1):
         for name, grad in gradients(rank, step, dtype).items():
             params[name].grad = None if lacks and lacks(rank, step, name) else grad
         optimizer.step()
         steps.append({name: param.detach().clone() for name, param in params.items()})
         sent.append(ballot.bytes_sent if ballot else 0)
+        agreement.append(ballot.agreement() if ballot else 0)
     states = {name: {k: v for k, v in optimizer.state[p].items() if k != "step"} for name, p in params.items()}
     if ballot:
         ballot.close()
-    return {"steps": steps, "bytes": sent, "states": states}
+    return {"steps": steps, "bytes": sent, "states": states, "agreement": agreement}
 
 
 def sometimes_unused(rank, step, name):
@@ -199,6 +200,16 @@ def test_bytes_are_a_bit_up_and_the_result_down(results):
         down = width if options["by_majority"] else counts
         messages = sum(-(-(exact + packed) // 8) * 8 for packed in (width, down))  # in multiples of 8 bytes
         assert results[0][case]["bytes"] == [(workers - 1) * messages + flags] * STEPS
+
+
+def test_agreement_is_the_share_of_coordinates_that_all_workers_move_alike(results):
+    before = start()
+    for after, agreement in zip(results[0]["mean"]["steps"], results[0]["mean"]["agreement"], strict=True):
+        moved = [((after[n] - before[n] * (1 - LR * DECAY)) / LR).abs().flatten() for n in ("a", "c", "f")]
+        assert float((torch.cat(moved) > 0.99).float().mean()) == pytest.approx(agreement)
+        before = after
+    if len(results) > 1:
+        assert 0 < agreement < 1
 
 
 @pytest.mark.parametrize("case", ["majority", "mean", "bfloat16", "fp8"])
