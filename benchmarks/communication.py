@@ -1,9 +1,9 @@
-"""What gradients cost on the wire: SignDDPStrategy's exchange against DDP's float32, its 16 bit hooks and PowerSGD.
+"""What data-parallel training costs on the wire: SignDDPStrategy against DDP's float32, its 16 bit hooks and PowerSGD.
 
 python benchmarks/communication.py traffic             # bytes a step, counted by the kernel, for 2, 4 and 8 workers
 python benchmarks/communication.py steps               # step time at 10 Mbit/s, 100 Mbit/s and 1 Gbit/s
 python benchmarks/communication.py loss                # loss by step and by bytes, the GPT example on real text
-python benchmarks/communication.py quality             # loss after 200 steps with 4 workers, whatever they take
+python benchmarks/communication.py quality             # loss after 400 steps, each method at its own best rate
 python benchmarks/communication.py report              # tables and figure from what has been measured, as the others do
 
 Each worker is a host of its own: a network namespace whose card `tc` limits to the link's rate. Needs Linux, root and
@@ -12,6 +12,7 @@ figure to communication.png. What the file has is not measured again: an interru
 a measurement can be made in parts (`--methods`, `--workers`, `--rates`). To repeat one, remove its rows.
 """
 
+import itertools
 import json
 import math
 import signal
@@ -20,6 +21,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from evidence.study import bracket
 from jsonargparse import auto_cli
 from links.hosts import NotPossibleError, hosts, run_on
 from links.methods import BASELINE, METHODS, POWER_SGD_STARTS, Size
@@ -28,6 +30,7 @@ from links.store import Key, Store
 
 RESULTS = Path(__file__).parent / "results"
 WORKER = Path(__file__).parent / "links" / "worker.py"
+START = 2e-3  # where the search for a learning rate begins
 
 
 def measure(store: Store, wanted: Iterable[Key], **options: Any) -> None:
@@ -45,8 +48,8 @@ def measure(store: Store, wanted: Iterable[Key], **options: Any) -> None:
     methods = list(dict.fromkeys(key.method for key in missing))
     with hosts(workers) as names:
         options |= {"methods": methods, "size": size}
-        for mbit, method, values in run_on(names, [sys.executable, str(WORKER), name, json.dumps(options)]):
-            store.add(Key(name, size, workers, mbit, method), values)
+        for mbit, method, values in run_on(names, [sys.executable, str(WORKER), name.split()[0], json.dumps(options)]):
+            store.add(next(key for key in missing if (key.mbit, key.method) == (mbit, method)), values)
             at = "" if mbit is None else f" at {mbit:g} Mbit/s"
             last = {quantity: value for _, quantity, value in values}
             print(f"{name}, {workers} workers{at}, {method}: {last}", flush=True)
@@ -139,27 +142,40 @@ def loss(
 def quality(
     methods: list[str] = list(METHODS),  # noqa: B006
     size: Size = "1m",
-    workers: int = 4,
-    steps: int = 200,
+    workers: list[int] = [4],  # noqa: B006
+    steps: list[int] = [400],  # noqa: B006
+    seeds: int = 3,
     batch_size: int = 4,
-    lr: float = 2e-3,
     results: Path = RESULTS,
 ) -> None:
-    """Measure validation loss (nats a byte) after so many steps of StoSignSGD, and whether replicas are the same bits.
+    """Measure validation loss (nats per byte) after so many steps of StoSignSGD, each method at its own best rate.
+
+    The learning rate is searched for with one seed, by factors of 2, until the best one has a worse one on either side.
+    Replicas are compared bit by bit.
 
     Args:
         methods: which to compare.
         size: of the GPT.
-        workers: number of workers.
+        workers: numbers of workers.
         steps: with linear warm-up over the first tenth, then linear decay to a tenth.
-        batch_size: windows of 128 tokens a worker.
-        lr: peak learning rate.
+        seeds: how many seeds at the best rate.
+        batch_size: windows of 128 tokens per worker.
         results: folder of the results.
     """
     store = Store(results / "communication.csv")
-    wanted = [Key("quality", size, workers, None, method) for method in methods]
-    measure(store, wanted, steps=steps, batch_size=batch_size, lr=lr)
-    report(results)
+    for number, length, method in itertools.product(workers, steps, methods):
+        key = Key(f"quality after {length}", size, number, None, method)
+
+        def loss_at(lr: float, key: Key = key, seed: int = 0, length: int = length) -> float:
+            key = key._replace(lr=lr, seed=seed)
+            measure(store, [key], steps=length, batch_size=batch_size, lr=lr, seed=seed)
+            value = store.value(key, "validation_loss")
+            return math.inf if value is None or math.isnan(value) else value
+
+        best = bracket(loss_at, START)
+        for seed in range(1, seeds):
+            loss_at(best, seed=seed)
+        report(results)
 
 
 def report(results: Path = RESULTS) -> None:

@@ -25,6 +25,7 @@ from text_data import BYTES, TextDataModule, inputs_and_targets  # noqa: E402
 from lightning_stosign import StoSignSGD  # noqa: E402
 from lightning_stosign.strategies.exchange import BUCKET_CAP_MB, Aggregation, SignExchange, sign_hook  # noqa: E402
 from lightning_stosign.strategies.launch import ThreadLauncher  # noqa: E402
+from lightning_stosign.strategies.update_votes import UpdateBallot  # noqa: E402
 from lightning_stosign.strategies.wire import Wire  # noqa: E402
 
 BASELINE = "DDP float32"
@@ -33,8 +34,11 @@ POWER_SGD_STARTS = 2  # steps that torch's hook wants before it compresses; they
 Size = Literal["1m", "10m"]
 
 
-def sign(aggregation: Aggregation, *, stochastic: bool) -> Callable[[DistributedDataParallel], None]:
-    """Return what puts the exchange of SignDDPStrategy, with its defaults, into a DDP model."""
+Register = Callable[[DistributedDataParallel], UpdateBallot | None]
+
+
+def sign(aggregation: Aggregation, *, stochastic: bool) -> Register:
+    """Return what puts SignDDPStrategy's exchange of gradients' signs into a DDP model."""
 
     def register(ddp: DistributedDataParallel) -> None:
         params = dict(ddp.module.named_parameters())
@@ -53,7 +57,19 @@ def sign(aggregation: Aggregation, *, stochastic: bool) -> Callable[[Distributed
     return register
 
 
-def power_sgd(rank: int) -> Callable[[DistributedDataParallel], None]:
+def votes(aggregation: Aggregation) -> Register:
+    """Return what lets workers vote on their updates, as SignDDPStrategy does by default."""
+
+    def register(ddp: DistributedDataParallel) -> UpdateBallot:
+        wire = Wire(dist.new_group())
+        by_majority = aggregation == "majority"
+        ddp.require_backward_grad_sync = False
+        return UpdateBallot(lambda param: param.ndim > 1, wire, by_majority=by_majority, seed=0, warmup_steps=0)
+
+    return register
+
+
+def power_sgd(rank: int) -> Register:
     """Return what puts torch's PowerSGD of a rank into a DDP model."""
 
     def register(ddp: DistributedDataParallel) -> None:
@@ -74,12 +90,14 @@ def bfloat16_hook(state: dist.ProcessGroup, bucket: dist.GradBucket) -> Future[T
     return default_hooks.bf16_compress_hook(state, bucket)
 
 
-METHODS: dict[str, Callable[[DistributedDataParallel], None]] = {
+METHODS: dict[str, Register] = {
     BASELINE: lambda ddp: None,
     "float16 hook": lambda ddp: ddp.register_comm_hook(None, default_hooks.fp16_compress_hook),
     "bfloat16 hook": lambda ddp: ddp.register_comm_hook(dist.group.WORLD, bfloat16_hook),
     "PowerSGD rank 1": power_sgd(1),
     "PowerSGD rank 4": power_sgd(4),
+    "votes mean": votes("mean"),
+    "votes majority": votes("majority"),
     "sign mean": sign("mean", stochastic=True),
     "sign majority": sign("majority", stochastic=True),
     "sign majority, plain": sign("majority", stochastic=False),
@@ -95,15 +113,18 @@ class Run:
         batch_size: windows a worker and step.
         context: tokens in a window.
         lr: of StoSignSGD.
+        seed: of the weights, the noise and the order of the data.
     """
 
-    def __init__(self, method: str, size: Size, batch_size: int, context: int = CONTEXT, lr: float = 2e-3) -> None:
-        torch.manual_seed(0)
+    def __init__(
+        self, method: str, size: Size, batch_size: int, context: int = CONTEXT, lr: float = 2e-3, seed: int = 0
+    ) -> None:
+        torch.manual_seed(seed)
         bucket_cap_mb = BUCKET_CAP_MB if method.startswith("sign") else None  # SignDDPStrategy's and DDP's default
         self.model = DistributedDataParallel(GPT(BYTES, CONTEXT, *SIZES[size]), bucket_cap_mb=bucket_cap_mb)
-        METHODS[method](self.model)
-        self.optimizer = StoSignSGD(self.model.parameters(), lr=lr)
-        data = TextDataModule(context=context)
+        self.optimizer = StoSignSGD(self.model.parameters(), lr=lr, seed=seed)
+        self.ballot = METHODS[method](self.model)
+        data = TextDataModule(context=context, seed=seed)
         data.setup("fit")
         self.windows, self.held_out = data.train_windows, data.val_windows
         self.batch_size = batch_size
@@ -113,6 +134,7 @@ class Run:
         """Take a step and return the seconds it took."""
         start = next(self.numbers) * self.batch_size
         batch = inputs_and_targets(self.windows.__getitems__(list(range(start, start + self.batch_size))))
+        self.optimizer.vote_by(self.ballot if communicate else None)
         began = time.perf_counter()
         with nullcontext() if communicate else self.model.no_sync():
             self.loss(batch).backward()

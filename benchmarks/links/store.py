@@ -4,7 +4,7 @@ import csv
 from pathlib import Path
 from typing import NamedTuple
 
-COLUMNS = ["measure", "size", "workers", "mbit", "method", "step", "quantity", "value"]
+COLUMNS = ["measure", "size", "workers", "mbit", "method", "lr", "seed", "step", "quantity", "value"]
 
 
 class Key(NamedTuple):
@@ -16,6 +16,8 @@ class Key(NamedTuple):
         workers: number of hosts.
         mbit: the link's rate in Mbit/s; None: not limited.
         method: a name of ``METHODS``.
+        lr: the learning rate, where several were tried; else None.
+        seed: of the run.
     """
 
     measure: str
@@ -23,6 +25,8 @@ class Key(NamedTuple):
     workers: int
     mbit: float | None
     method: str
+    lr: float | None = None
+    seed: int = 0
 
 
 class Store:
@@ -45,8 +49,8 @@ class Store:
             if reader.fieldnames != COLUMNS:
                 raise ValueError(f"{path} has the columns {reader.fieldnames}, expected {COLUMNS}")
             for row in reader:
-                mbit = float(row["mbit"]) if row["mbit"] else None
-                key = Key(row["measure"], row["size"], int(row["workers"]), mbit, row["method"])
+                mbit, lr = (float(row[name]) if row[name] else None for name in ("mbit", "lr"))
+                key = Key(row["measure"], row["size"], int(row["workers"]), mbit, row["method"], lr, int(row["seed"]))
                 self._values(key, row["quantity"])[int(row["step"])] = float(row["value"])
 
     def __contains__(self, key: Key) -> bool:
@@ -60,8 +64,8 @@ class Store:
             writer = csv.writer(file, lineterminator="\n")
             if new:
                 writer.writerow(COLUMNS)
-            mbit = "" if key.mbit is None else f"{key.mbit:g}"
-            what = [key.measure, key.size, key.workers, mbit, key.method]
+            mbit, lr = ("" if value is None else f"{value:g}" for value in (key.mbit, key.lr))
+            what = [key.measure, key.size, key.workers, mbit, key.method, lr, key.seed]
             for step, quantity, value in values:
                 writer.writerow([*what, step, quantity, f"{value:.6g}"])
                 self._values(key, quantity)[step] = value

@@ -88,10 +88,10 @@ def loss(
         yield None, method, points
 
 
-def quality(methods: list[str], size: Size, steps: int, batch_size: int, lr: float) -> Iterator[Found]:
+def quality(methods: list[str], size: Size, steps: int, batch_size: int, lr: float, seed: int) -> Iterator[Found]:
     """Yield each method's validation loss after so many steps, with a warm-up over a tenth and a linear decay."""
     for method in methods:
-        run = Run(method, size, batch_size, lr=lr)
+        run = Run(method, size, batch_size, lr=lr, seed=seed)
         for step in range(steps):
             run.optimizer.param_groups[0]["lr"] = lr * min(10 * (step + 1) / steps, 1 - 0.9 * step / steps)
             run.step()
