@@ -30,6 +30,7 @@ from lightning_stosign.strategies.wire import Wire  # noqa: E402
 
 BASELINE = "DDP float32"
 CONTEXT = 128
+CLIP = 1.0  # the gradient's norm: the average gradient's, or each worker's own where workers vote on updates
 POWER_SGD_STARTS = 2  # steps that torch's hook wants before it compresses; they cost what the baseline's cost
 Size = Literal["1m", "10m"]
 
@@ -124,6 +125,8 @@ class Run:
         self.model = DistributedDataParallel(GPT(BYTES, CONTEXT, *SIZES[size]), bucket_cap_mb=bucket_cap_mb)
         self.optimizer = StoSignSGD(self.model.parameters(), lr=lr, seed=seed)
         self.ballot = METHODS[method](self.model)
+        # Signs of gradients are averaged to something much longer than the gradient.
+        self.clip = None if method.startswith("sign") else CLIP
         data = TextDataModule(context=context, seed=seed)
         data.setup("fit")
         self.windows, self.held_out = data.train_windows, data.val_windows
@@ -138,6 +141,8 @@ class Run:
         began = time.perf_counter()
         with nullcontext() if communicate else self.model.no_sync():
             self.loss(batch).backward()
+        if self.clip is not None:
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
         self.optimizer.step()
         self.optimizer.zero_grad()
         return time.perf_counter() - began

@@ -215,7 +215,8 @@ def write(store: Store, folder: Path, methods: Sequence[str], baseline: str, unc
             "## Validation loss after equally many steps",
             "Each method at its own best learning rate, of a grid by factors of 2 with a worse rate on either side."
             " Mean and standard error over seeds. 4 x 128 tokens per worker and step, warm-up over a tenth of the steps"
-            " and linear decay to a tenth of the rate.",
+            " and linear decay to a tenth of the rate. Gradients are clipped to norm 1: the average gradient, or each"
+            " worker's own where workers vote on updates; not where the gradient is made of signs.",
             report.quality(),
         ]
     text = "\n\n".join(sections) + "\n"
