@@ -57,4 +57,5 @@ _lazy = LazyPackage(
 )
 if not TYPE_CHECKING:  # a type checker would take any name for one of ours
     __getattr__, __dir__ = _lazy.get, _lazy.dir
-after_import("lightning.pytorch", _lazy.load)
+for _name in ("lightning.pytorch", "pytorch_lightning"):
+    after_import(_name, _lazy.load)

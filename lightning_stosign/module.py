@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from lightning_stosign._lightning_names import is_a
 from lightning_stosign.optim.alias.alias import ALIAS
 from lightning_stosign.optim.base import check_choice, check_number
 from lightning_stosign.optim.emulation import emulate_state_precision
@@ -272,7 +273,7 @@ class StoSignMixin:
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step", "frequency": 1}}
 
     def _as_module(self) -> LightningModule:
-        if not isinstance(self, LightningModule):
+        if not is_a(self, LightningModule):
             raise TypeError(
                 f"{type(self).__name__} must be a LightningModule: class Model(StoSignMixin, LightningModule)"
             )

@@ -2,10 +2,12 @@
 
 from lightning.pytorch import Trainer
 
+from lightning_stosign._lightning_private import batches_that_stepped
+
 
 def record_step(trainer: Trainer) -> int:
     """Return the step that Lightning's own metrics of this optimizer step are logged under."""
-    return trainer.fit_loop.epoch_loop._batches_that_stepped
+    return batches_that_stepped(trainer)
 
 
 def is_due(trainer: Trainer, every_n_steps: int | None) -> bool:

@@ -7,6 +7,8 @@ import numpy as np
 from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from tensorboard.compat.proto.summary_pb2 import HistogramProto, Summary
 
+from lightning_stosign._lightning_names import is_a, like
+from lightning_stosign._lightning_private import tag_prefix
 from lightning_stosign.health.magnitudes import log10_bin_edges
 
 
@@ -29,12 +31,12 @@ def log_records(
     metrics = {f"{prefix}/{tag}": value for tag, value in scalars.items()}
     counts = {f"{prefix}/{tag}": numbers for tag, numbers in histograms.items()}
     for logger in loggers:
-        if isinstance(logger, MLFlowLogger):
+        if is_a(logger, MLFlowLogger):
             # It has no ':', '=' and ',' in names, as in "fp8-raw:static_scale=1024".
             logger.log_metrics({re.sub(r"[^\w/. -]", "_", tag): value for tag, value in metrics.items()}, step=step)
-        elif isinstance(logger, WandbLogger):
+        elif is_a(logger, WandbLogger):
             logger.log_metrics({**metrics, **_wandb_histograms(counts)}, step=step)
-        elif isinstance(logger, TensorBoardLogger):
+        elif is_a(logger, TensorBoardLogger):
             _write_event(logger, metrics, counts, step)
         else:
             logger.log_metrics(metrics, step=step)
@@ -51,20 +53,16 @@ def _write_event(
     logger: TensorBoardLogger, metrics: Mapping[str, float], histograms: Mapping[str, Sequence[float]], step: int
 ) -> None:
     """Write all as one event: thousands, one a tag, would wait for the thread that writes them to the file."""
-    if type(logger).log_metrics is not TensorBoardLogger.log_metrics:  # a subclass has its own way with metrics
+    if (
+        type(logger).log_metrics is not like(logger, TensorBoardLogger).log_metrics
+    ):  # a subclass has its own way with metrics
         logger.log_metrics(metrics, step=step)
         metrics = {}
-    values = [Summary.Value(tag=_with_prefix(logger, tag), simple_value=value) for tag, value in metrics.items()]
+    prefix = tag_prefix(logger)
+    values = [Summary.Value(tag=prefix + tag, simple_value=value) for tag, value in metrics.items()]
     edges = log10_bin_edges().tolist()
-    values += [
-        Summary.Value(tag=_with_prefix(logger, tag), histo=_histogram(counts, edges))
-        for tag, counts in histograms.items()
-    ]
+    values += [Summary.Value(tag=prefix + tag, histo=_histogram(counts, edges)) for tag, counts in histograms.items()]
     logger.experiment._get_file_writer().add_summary(Summary(value=values), step)
-
-
-def _with_prefix(logger: TensorBoardLogger, tag: str) -> str:
-    return f"{logger._prefix}{logger.LOGGER_JOIN_CHAR}{tag}" if logger._prefix else tag
 
 
 def _histogram(counts: Sequence[float], edges: Sequence[float]) -> HistogramProto:

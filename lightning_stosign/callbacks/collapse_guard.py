@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from lightning_stosign._lightning_names import is_a, under_both_names
 from lightning_stosign.callbacks._collapse_look import DEAD, EXPLODING, Look, Sickness, look_at
 from lightning_stosign.callbacks._collapse_report import table
 from lightning_stosign.callbacks._logging_gate import check_every_n_steps, is_due, record_step
@@ -31,6 +32,7 @@ class StateCollapseError(RuntimeError):
     """An optimizer's state has collapsed, and ``StateCollapseGuard(action="raise")`` was asked to say so."""
 
 
+@under_both_names
 class StateCollapseGuard(Callback):
     """Acts when too much of an optimizer's state is zero, dead or exploding, or any of it NaN or inf.
 
@@ -281,7 +283,7 @@ class StateCollapseGuard(Callback):
     def _log(self, trainer: "pl.Trainer", label: str) -> None:
         prefix, step = f"{PREFIX}/{label}", record_step(trainer)
         for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger):
+            if is_a(logger, TensorBoardLogger):
                 logger.experiment.add_text(f"{prefix}collapse", self.report, step)
             if self.action == "promote":
                 logger.log_metrics({f"{prefix}promotions": len(self.promotions)}, step=step)

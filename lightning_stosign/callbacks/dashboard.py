@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from lightning_stosign._lightning_names import is_a, under_both_names
 from lightning_stosign.callbacks._logging_gate import check_every_n_steps, is_due, record_step
 from lightning_stosign.callbacks._scalars_layout import scalars_layout
 from lightning_stosign.callbacks._zero_history import ZeroHistory, optimizer_label
@@ -31,6 +32,7 @@ class _Distribution(NamedTuple):
     zeros: float
 
 
+@under_both_names
 class OptimizerDashboard(Callback):
     """Draws what becomes of the optimizer states: which layers lose their values, and how large the others are.
 
@@ -91,7 +93,7 @@ class OptimizerDashboard(Callback):
                 f"OptimizerDashboard needs a logger that takes images, but the Trainer has {present}; accepted: "
                 "TensorBoardLogger, WandbLogger or another logger with log_image()"
             )
-        if isinstance(trainer.strategy, (FSDPStrategy, DeepSpeedStrategy)):
+        if is_a(trainer.strategy, FSDPStrategy) or is_a(trainer.strategy, DeepSpeedStrategy):
             raise ValueError(
                 f"OptimizerDashboard cannot read the shards of {type(trainer.strategy).__name__}; "
                 "accepted: ModelParallelStrategy (FSDP2), DDPStrategy, a single device"
@@ -103,7 +105,7 @@ class OptimizerDashboard(Callback):
         self._names = {param: name for name, param in pl_module.named_parameters()}
         if trainer.is_global_zero:
             for logger in trainer.loggers:
-                if isinstance(logger, TensorBoardLogger):
+                if is_a(logger, TensorBoardLogger):
                     logger.experiment.add_custom_scalars(scalars_layout())
         if not (trainer.is_global_zero or self._is_sharded()):
             return  # replicas have the same states
@@ -216,11 +218,11 @@ class OptimizerDashboard(Callback):
 
 
 def _takes_images(logger: Logger) -> bool:
-    return isinstance(logger, TensorBoardLogger) or hasattr(logger, "log_image")
+    return is_a(logger, TensorBoardLogger) or hasattr(logger, "log_image")
 
 
 def _log_image(logger: Any, tag: str, pixels: Any, step: int) -> None:
-    if isinstance(logger, TensorBoardLogger):
+    if is_a(logger, TensorBoardLogger):
         logger.experiment.add_image(tag, pixels, step, dataformats="HWC")
     else:
         logger.log_image(key=tag, images=[pixels], step=step)

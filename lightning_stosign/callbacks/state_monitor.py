@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from lightning_stosign._lightning_names import is_a, under_both_names
 from lightning_stosign.callbacks._logging_gate import check_every_n_steps, is_due, record_step
 from lightning_stosign.callbacks._records import log_records
 from lightning_stosign.health.forecast import check_format
@@ -29,6 +30,7 @@ class _Begun(NamedTuple):
     before: dict[Tensor, Tensor]
 
 
+@under_both_names
 class OptimizerStateMonitor(Callback):
     """Logs what is in an optimizer's state: zeros, magnitudes, what FP8 would lose, and the step really taken.
 
@@ -123,7 +125,7 @@ class OptimizerStateMonitor(Callback):
                 "OptimizerStateMonitor needs a logger to write to, but the Trainer has logger=False; "
                 "accepted: Trainer(logger=TensorBoardLogger(...)) or any other Lightning logger"
             )
-        if isinstance(trainer.strategy, (FSDPStrategy, DeepSpeedStrategy)):
+        if is_a(trainer.strategy, FSDPStrategy) or is_a(trainer.strategy, DeepSpeedStrategy):
             raise ValueError(
                 f"OptimizerStateMonitor cannot read the shards of {type(trainer.strategy).__name__}; "
                 "accepted: ModelParallelStrategy (FSDP2), DDPStrategy, a single device"

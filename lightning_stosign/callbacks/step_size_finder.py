@@ -12,14 +12,24 @@ from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from lightning.pytorch.utilities.exceptions import _TunerExitException
 from lightning.pytorch.utilities.parsing import lightning_hasattr, lightning_setattr
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_stosign._lightning_names import has_other_name, under_both_names
+from lightning_stosign._lightning_private import (
+    checkpoint_path,
+    end_of_tuning,
+    forget_metrics,
+    loaded_data,
+    restore_checkpoint,
+    rng_states,
+    set_checkpoint_path,
+    set_loaded_data,
+    set_rng_states,
+)
 from lightning_stosign.callbacks._trial_run import TrialRun
 from lightning_stosign.optim.alias.alias import ALIAS
 from lightning_stosign.optim.alias.step_size_search import (
@@ -92,6 +102,7 @@ class StepSizeSearch:
         return ax.figure
 
 
+@under_both_names
 class SignStepSizeFinder(Callback):
     r"""Finds the learning rate before training starts: SOS, a replacement of ``LearningRateFinder`` for sign methods.
 
@@ -178,7 +189,7 @@ class SignStepSizeFinder(Callback):
         else:
             self.find(trainer, pl_module)
         if self._only_search:
-            raise _TunerExitException
+            raise end_of_tuning(trainer)
 
     def find(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> StepSizeSearch:
         """Search now. To be called from hooks at the start of a fit or of an epoch."""
@@ -273,7 +284,7 @@ def _restored_afterwards(trainer: "pl.Trainer", pl_module: "pl.LightningModule")
     trainer.save_checkpoint(path)
     buffers = [(buffer, buffer.clone()) for buffer in pl_module.buffers()]  # some are not in checkpoints
     loop = trainer.fit_loop
-    logger = logging.getLogger("lightning.pytorch")
+    logger = logging.getLogger("pytorch_lightning" if has_other_name(trainer) else "lightning.pytorch")
     level = logger.level
     saved: dict[str, Any] = {
         "callbacks": trainer.callbacks,  # type: ignore[attr-defined]
@@ -282,14 +293,14 @@ def _restored_afterwards(trainer: "pl.Trainer", pl_module: "pl.LightningModule")
         "limit_val_batches": trainer.limit_val_batches,
         "max_epochs": loop.max_epochs,
         "max_steps": loop.max_steps,
-        "data": (loop._combined_loader, loop._data_fetcher, loop.epoch_loop.val_loop._combined_loader),
-        "ckpt_path": trainer._checkpoint_connector._ckpt_path,
+        "data": loaded_data(trainer),
+        "ckpt_path": checkpoint_path(trainer),
     }
     progress = deepcopy(loop.state_dict())
-    random_states = _collect_rng_states()
+    random_states = rng_states()
 
     def rewind() -> None:
-        trainer._checkpoint_connector.restore(path)
+        restore_checkpoint(trainer, path)
         for buffer, value in buffers:
             buffer.copy_(value)
         for optimizer in trainer.optimizers:
@@ -297,11 +308,11 @@ def _restored_afterwards(trainer: "pl.Trainer", pl_module: "pl.LightningModule")
         loop.load_state_dict(deepcopy(progress))
         # Otherwise the next run would believe that it goes on where a checkpoint was made.
         loop.restarting = loop.epoch_loop.restarting = False
-        loop.epoch_loop.val_loop._combined_loader = loop._combined_loader = loop._data_fetcher = None
+        set_loaded_data(trainer, (None, None, None))
         trainer.should_stop = False
-        trainer._logger_connector.reset_metrics()
+        forget_metrics(trainer)
         # Every trial shuffles and drops alike.
-        _set_rng_states(random_states)
+        set_rng_states(random_states)
 
     logger.setLevel(logging.WARNING)  # Lightning tells of every restored checkpoint and finished run
     trainer.callbacks, trainer.loggers = [], []  # type: ignore[attr-defined]
@@ -316,8 +327,8 @@ def _restored_afterwards(trainer: "pl.Trainer", pl_module: "pl.LightningModule")
         loop.max_epochs, loop.epoch_loop.max_steps = saved["max_epochs"], saved["max_steps"]
         rewind()
         trainer.strategy.remove_checkpoint(path)
-        loop._combined_loader, loop._data_fetcher, loop.epoch_loop.val_loop._combined_loader = saved["data"]
-        trainer._checkpoint_connector._ckpt_path = saved["ckpt_path"]
+        set_loaded_data(trainer, saved["data"])
+        set_checkpoint_path(trainer, saved["ckpt_path"])
         logger.setLevel(level)
 
 

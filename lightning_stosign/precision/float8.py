@@ -1,13 +1,12 @@
 """Float8Precision: the matrix products of a model's linear layers in FP8 or FP4, under the Lightning Trainer."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule
-from lightning.pytorch.plugins.precision.precision import Precision
 from lightning.pytorch.plugins.precision.transformer_engine import TransformerEnginePrecision
 from lightning.pytorch.utilities import GradClipAlgorithmType
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
@@ -15,6 +14,8 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_stosign._lightning_names import is_a, under_both_names
+from lightning_stosign._lightning_private import set_module_dtype
 from lightning_stosign.precision._layers import (
     is_excluded,
     is_plain_linear,
@@ -23,8 +24,8 @@ from lightning_stosign.precision._layers import (
     swap,
     unmatched_globs,
 )
-from lightning_stosign.precision._loss_scaling import LossScaling
 from lightning_stosign.precision._select import select_backend
+from lightning_stosign.precision._stepping import Stepping
 
 _WEIGHTS_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _PRECISIONS: dict[torch.dtype, Any] = {torch.float32: "32-true", torch.bfloat16: "bf16-true", torch.float16: "16-true"}
@@ -37,6 +38,7 @@ _FEATURES = {
 }
 
 
+@under_both_names
 class Float8Precision(TransformerEnginePrecision):
     """Train with the matrix products of the linear layers in FP8 or FP4.
 
@@ -130,9 +132,8 @@ class Float8Precision(TransformerEnginePrecision):
             )
         if objection := self._backend.objection(self.weights_dtype):
             raise ValueError(f"recipe={recipe!r} with weights_dtype={weights_dtype!r}: {objection}")
-        self._device_type = self._backend.device_types[0]
         self._module: nn.Module | None = None
-        self._stepping = Precision()  # what happens around a step
+        self._stepping = Stepping()
 
     @property
     def backend(self) -> str:
@@ -201,31 +202,37 @@ class Float8Precision(TransformerEnginePrecision):
     def connect(
         self, model: nn.Module, optimizers: list[Optimizer], lr_schedulers: list[Any]
     ) -> tuple[nn.Module, list[Optimizer], list[Any]]:
-        """Take note of the device that the model was moved to.
+        """Take note of the device that the model was moved to; the Trainer calls this.
 
         Raises:
             RuntimeError: The backend's layers do not run on that device; float16 weights are sharded.
         """
-        self._device_type = next(model.parameters()).device.type
-        if self._device_type not in self._backend.device_types:
-            raise RuntimeError(
-                f"Float8Precision(backend={self.backend!r}) runs on {' and '.join(self._backend.device_types)}, and "
-                f"the model is on {self._device_type!r}: pass Trainer(accelerator='gpu') or "
-                "Float8Precision(backend='torchao')"
-            )
-        if self.weights_dtype is torch.float16 and not isinstance(self._stepping, LossScaling):
-            self._stepping = LossScaling(model, self._device_type)
-        return super().connect(model, optimizers, lr_schedulers)
+        self._device_type()
+        self._around_steps(model)
+        return model, optimizers, lr_schedulers
 
-    def pre_backward(self, tensor: Tensor, module: LightningModule) -> Any:  # type: ignore[override]
-        """Scale the loss of float16 weights."""
-        return self._stepping.pre_backward(tensor, module)
+    def pre_backward(self, tensor: Tensor, module: nn.Module | None) -> Any:  # type: ignore[override]
+        """Under the Trainer, scale the loss of float16 weights and call the hooks."""
+        return self._around_steps(module).pre_backward(tensor, module)
 
-    def optimizer_step(  # type: ignore[override]
-        self, optimizer: Any, model: LightningModule, closure: Callable[[], Any], **kwargs: Any
-    ) -> Any:
-        """Step; with float16 weights only if the unscaled gradients are finite."""
-        result = self._stepping.optimizer_step(optimizer, model=model, closure=closure, **kwargs)
+    def backward(self, tensor: Tensor, model: nn.Module | None, *args: Any, **kwargs: Any) -> None:  # type: ignore[override]
+        """Run backward; under Fabric with the scaled loss of float16 weights."""
+        self._around_steps(model).backward(tensor, model, *args, **kwargs)
+
+    def post_backward(self, tensor: Tensor, module: nn.Module | None) -> Any:  # type: ignore[override]
+        """Under the Trainer, call the hooks."""
+        return self._around_steps(module).post_backward(tensor, module)
+
+    def optimizer_step(self, optimizer: Any, model: nn.Module | None = None, **kwargs: Any) -> Any:  # type: ignore[override]
+        """Step; with float16 weights only if the unscaled gradients are finite.
+
+        Args:
+            optimizer: The optimizer.
+            model: The module that the Trainer trains; None under Fabric.
+            **kwargs: The closure, and other arguments of the optimizer's ``step``.
+        """
+        options = kwargs if model is None else {**kwargs, "model": model}
+        result = self._around_steps(model).optimizer_step(optimizer, **options)
         if "float8_all_gather" in self._flags and self._module is not None:
             self._backend.after_step(self._module)
         return result
@@ -237,7 +244,11 @@ class Float8Precision(TransformerEnginePrecision):
         gradient_clip_algorithm: GradClipAlgorithmType = GradClipAlgorithmType.NORM,
     ) -> None:
         """Clip; with float16 weights the gradients are unscaled by then."""
-        self._stepping.clip_gradients(optimizer, clip_val, gradient_clip_algorithm)
+        self._around_steps(self._module).clip_gradients(optimizer, clip_val, gradient_clip_algorithm)
+
+    def unscale_gradients(self, optimizer: Optimizer) -> None:
+        """Undo the loss scale of float16 weights, so that Fabric can clip the gradients."""
+        self._around_steps(None).unscale_gradients(optimizer)
 
     def convert_input(self, data: Any) -> Any:
         """Cast the floating-point tensors of a batch to ``weights_dtype``."""
@@ -266,16 +277,17 @@ class Float8Precision(TransformerEnginePrecision):
         state: dict[str, Any] = {}
         if self._module is not None and (layers := self._backend.state_dict(self._module)):
             state["layers"] = layers
-        if loss_scale := self._stepping.state_dict():
-            state["loss_scale"] = loss_scale
+        if self._stepping.scaler is not None:
+            state["loss_scale"] = self._stepping.scaler.state_dict()
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what :meth:`state_dict` returned; Lightning calls this once the model is converted."""
         if self._module is not None and "layers" in state_dict:
             self._backend.load_state_dict(self._module, state_dict["layers"])
-        if "loss_scale" in state_dict:
-            self._stepping.load_state_dict(state_dict["loss_scale"])
+        self._around_steps(self._module)
+        if "loss_scale" in state_dict and self._stepping.scaler is not None:
+            self._stepping.scaler.load_state_dict(state_dict["loss_scale"])
 
     def _is_excluded(self, aliases: list[str]) -> bool:
         return any(is_excluded(name, self.exclude) for name in aliases)
@@ -305,10 +317,32 @@ class Float8Precision(TransformerEnginePrecision):
                 "`self.trainer.precision_plugin.convert_module(self)` before `fully_shard`."
             )
 
+    def _around_steps(self, model: nn.Module | None) -> Any:
+        """Lightning's own plugin for what happens around a step of the model."""
+        if self.weights_dtype is torch.float16 and self._module is not None:
+            self._stepping.scale_loss(self._module, self._device_type())
+        return self._stepping.under(model)
+
+    def _device_type(self) -> str:
+        """Return the type of the device that the model is on: it may be moved after its conversion.
+
+        Raises:
+            RuntimeError: The backend's layers do not run on that device.
+        """
+        parameter = None if self._module is None else next(self._module.parameters(), None)
+        device = self._backend.device_types[0] if parameter is None else parameter.device.type
+        if device not in self._backend.device_types:
+            raise RuntimeError(
+                f"Float8Precision(backend={self.backend!r}) runs on {' and '.join(self._backend.device_types)}, and "
+                f"the model is on {device!r}: pass accelerator='gpu' to the Trainer or to Fabric, or "
+                "Float8Precision(backend='torchao')"
+            )
+        return device
+
     def _autocast(self) -> AbstractContextManager[Any]:
         if self.weights_dtype is torch.float32:
             return nullcontext()
-        return torch.autocast(self._device_type, dtype=self.weights_dtype)
+        return torch.autocast(self._device_type(), dtype=self.weights_dtype)
 
 
 def _checked_dtype(weights_dtype: torch.dtype | str) -> torch.dtype:
@@ -353,8 +387,8 @@ def _cast(module: nn.Module, dtype: torch.dtype) -> None:
         return
     module.bfloat16()
     for child in module.modules():
-        if isinstance(child, LightningModule):
-            child._dtype = dtype  # Lightning keeps `LightningModule.dtype` up to date in `float()`, not in `bfloat16()`
+        if is_a(child, LightningModule):
+            set_module_dtype(child, dtype)
 
 
 def _cast_floating(tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from lightning_stosign._lightning_names import adopt, under_both_names
 from lightning_stosign.optim.base import check_choice
 from lightning_stosign.optim.voting import VotingOptimizer
 from lightning_stosign.strategies.exchange import BUCKET_CAP_MB, Aggregation, SignExchange, sign_hook
@@ -34,6 +35,7 @@ SignsOf = Literal["updates", "gradients"]
 _REDUCER_OPTIONS = ("bucket_cap_mb", "find_unused_parameters", "gradient_as_bucket_view", "static_graph")
 
 
+@under_both_names
 class SignDDPStrategy(DDPStrategy):
     r"""DDP that sends one bit per coordinate: about 30 times less traffic.
 
@@ -181,6 +183,11 @@ class SignDDPStrategy(DDPStrategy):
         self._ballots: list[UpdateBallot] = []
         self._restored: Mapping[str, Any] | None = None
         self._restored_from: Any = None
+
+    def _configure_launcher(self) -> None:
+        # From here on DDPStrategy's own code is that of the Trainer's name: it asks for a LightningModule of its own.
+        adopt(self, self.accelerator)
+        super()._configure_launcher()
 
     def setup_distributed(self) -> None:
         """Connect the workers."""
