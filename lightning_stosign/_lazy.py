@@ -55,21 +55,26 @@ def after_import(name: str, then: Callable[[], object]) -> None:
     """Call a function as soon as a module has been imported, at once if it has been already."""
     if name in sys.modules:
         then()
-    else:
-        sys.meta_path.insert(0, _Watch(name, then))
+        return
+    watches = (finder for finder in sys.meta_path if isinstance(finder, _Watch) and finder.name == name)
+    watch = next(watches, None)
+    if watch is None:
+        watch = _Watch(name)
+        sys.meta_path.insert(0, watch)
+    watch.then.append(then)
 
 
 class _Watch(MetaPathFinder):
-    """Finds one module the way all other finders do, and has a function called after the module has run."""
+    """Finds one module the way all other finders do, and calls functions after the module has run."""
 
-    def __init__(self, name: str, then: Callable[[], object]) -> None:
-        self._name = name
-        self._then = then
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.then: list[Callable[[], object]] = []
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname != self._name:
+        if fullname != self.name:
             return None
         found = (finder.find_spec(fullname, path, target) for finder in sys.meta_path if finder is not self)
         spec = next((spec for spec in found if spec is not None), None)
@@ -79,7 +84,8 @@ class _Watch(MetaPathFinder):
             def run_then_call(module: ModuleType) -> None:
                 sys.meta_path.remove(self)
                 run(module)
-                self._then()
+                for then in self.then:
+                    then()
 
             spec.loader.exec_module = run_then_call  # type: ignore[method-assign]
         return spec

@@ -96,7 +96,7 @@ def adopt(instance: object, guest: object) -> None:
     """
     cls = type(instance)
     if has_other_name(guest) and not isinstance(cls, _OtherNameOnly):
-        instance.__class__ = _other_name_only(cls)
+        instance.__class__ = _other_name_only(cls)  # type: ignore[arg-type]  # mypy: classes are not hashable
 
 
 class _OtherNameOnly(ABCMeta):

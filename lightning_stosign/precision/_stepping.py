@@ -1,4 +1,4 @@
-"""What happens around backward and the optimizer's step: what Lightning does there, under the Trainer and under Fabric."""
+"""What happens around backward and a step: what Lightning itself does there, under the Trainer and under Fabric."""
 
 from typing import Any
 

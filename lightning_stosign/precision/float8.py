@@ -211,15 +211,15 @@ class Float8Precision(TransformerEnginePrecision):
         self._around_steps(model)
         return model, optimizers, lr_schedulers
 
-    def pre_backward(self, tensor: Tensor, module: nn.Module | None) -> Any:  # type: ignore[override]
+    def pre_backward(self, tensor: Tensor, module: nn.Module | None) -> Any:
         """Under the Trainer, scale the loss of float16 weights and call the hooks."""
         return self._around_steps(module).pre_backward(tensor, module)
 
-    def backward(self, tensor: Tensor, model: nn.Module | None, *args: Any, **kwargs: Any) -> None:  # type: ignore[override]
+    def backward(self, tensor: Tensor, model: nn.Module | None, *args: Any, **kwargs: Any) -> None:
         """Run backward; under Fabric with the scaled loss of float16 weights."""
         self._around_steps(model).backward(tensor, model, *args, **kwargs)
 
-    def post_backward(self, tensor: Tensor, module: nn.Module | None) -> Any:  # type: ignore[override]
+    def post_backward(self, tensor: Tensor, module: nn.Module | None) -> Any:
         """Under the Trainer, call the hooks."""
         return self._around_steps(module).post_backward(tensor, module)
 
