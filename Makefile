@@ -6,13 +6,18 @@ BIN := $(VENV)/bin
 WORKERS := --numprocesses auto --maxprocesses 4 --dist loadfile
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-slow test-gpu lint format clean
+.PHONY: demo test test-te test-slow test-gpu lint format clean
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/demo.py
 
 test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(WORKERS)
+	$(MAKE) test-te
+
+# Transformer Engine's own Python without a GPU, in a process of its own: it changes torch. See tests/precision/te_cpu.
+test-te: $(INSTALLED)
+	TE_ON_CPU=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(WORKERS) -m "not slow" tests/precision/test_te_*.py
 
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow $(WORKERS) $(TESTS)

@@ -1,11 +1,9 @@
 """FP8 layers from NVIDIA Transformer Engine (TE): CUDA devices of compute capability 8.9 and up."""
 
 import importlib
-import math
-from collections.abc import MutableMapping
 from contextlib import AbstractContextManager
 from dataclasses import fields
-from functools import lru_cache, partial
+from functools import partial
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, cast
 
@@ -15,7 +13,6 @@ from torch import Tensor, nn
 
 from lightning_stosign.precision._backend import Float8Backend
 from lightning_stosign.precision._layers import HollowLayer
-from lightning_stosign.precision._padding import pad_tokens, unpad_tokens
 from lightning_stosign.precision._recipes import MINIMAL_CAPABILITY, RECIPES, Capability, RecipeChoice, check_hardware
 
 if TYPE_CHECKING:
@@ -46,9 +43,19 @@ class TransformerEngineBackend(Float8Backend):
     features = frozenset({"fuse", "quantized_weights"})
 
     def __init__(self, recipe: RecipeChoice) -> None:
-        self._te = import_transformer_engine()
+        import_transformer_engine()
         self.recipe = _make_recipe(recipe)
         self.multiple = _multiple_of(self.recipe)
+
+    # Properties, because a module in an attribute could not be pickled.
+
+    @property
+    def _te(self) -> Any:
+        return import_transformer_engine()
+
+    @property
+    def _layers(self) -> Any:
+        return importlib.import_module("lightning_stosign.precision.te_layers")  # imports TE at its head
 
     def is_converted(self, module: nn.Module) -> bool:
         """See :meth:`Float8Backend.is_converted`; layers of TE that the user built count."""
@@ -56,19 +63,19 @@ class TransformerEngineBackend(Float8Backend):
 
     def convert_linear(self, layer: nn.Linear, dtype: torch.dtype) -> nn.Module:
         """See :meth:`Float8Backend.convert_linear`."""
-        return without_extra_state(self.make_linear(layer, dtype))
+        return self._layers.without_extra_state(self.make_linear(layer, dtype))
 
     def make_linear(self, layer: nn.Linear, dtype: torch.dtype, **arguments: Any) -> nn.Module:
         """TE's layer of the same size, which pads its tokens; on the meta device unless told otherwise."""
         # Made on "meta", because its parameters are thrown away: no memory, no draw from the global RNG. It must be the
         # string: te.Linear compares it with "meta", and torch.device("meta") is not equal to it.
-        return _token_padding(self._te.Linear, self.multiple)(
+        return self._layers.Linear(
             layer.in_features,
             layer.out_features,
+            multiple=self.multiple,
             bias=layer.bias is not None,
             params_dtype=dtype,
-            # As torch initialises, for models that come from the meta device.
-            **{"device": "meta", "init_method": partial(nn.init.kaiming_uniform_, a=math.sqrt(5)), **arguments},
+            **{"device": "meta", **arguments},
         )
 
     def convert_quantized(self, layer: nn.Linear, dtype: torch.dtype) -> nn.Module:
@@ -76,14 +83,11 @@ class TransformerEngineBackend(Float8Backend):
 
         TE remembers the exact values on the CPU until an optimizer asks for them (``get_high_precision_init_val``).
         """
-        initial = layer.weight.detach()
         with self._te.quantized_model_init(enabled=True, recipe=self.recipe, preserve_high_precision_init_val=True):
-            # TE makes the weight, calls init_method on it and quantises what that leaves there.
-            device = "meta" if initial.is_meta else self.device_types[0]
-            linear = self.make_linear(layer, dtype, device=device, init_method=lambda weight: weight.copy_(initial))
-        cast(nn.Parameter, linear.weight).requires_grad_(layer.weight.requires_grad)
-        linear.register_state_dict_post_hook(_dequantize_weight)
-        return without_extra_state(linear)
+            make = partial(self.make_linear, layer, dtype)
+            linear = self._layers.quantized_linear(make, layer.weight.detach(), self.device_types[0])
+        linear.weight.requires_grad_(layer.weight.requires_grad)
+        return self._layers.without_extra_state(linear)
 
     def own_parameters(self, replacement: nn.Module) -> set[str]:
         """See :meth:`Float8Backend.own_parameters`."""
@@ -96,12 +100,13 @@ class TransformerEngineBackend(Float8Backend):
         new to the optimizer and to checkpoints.
         """
         if type(layer) is nn.LayerNorm and layer.bias is not None:
-            norm = self._te.LayerNorm(layer.normalized_shape, eps=float(layer.eps), device="meta", dtype=dtype)
+            norm = self._layers.LayerNorm(layer.normalized_shape, eps=float(layer.eps), device="meta", dtype=dtype)
         elif type(layer) is nn.RMSNorm and layer.weight is not None:
-            norm = self._te.RMSNorm(layer.normalized_shape, eps=rms_norm_eps(layer), device="meta", dtype=dtype)
+            eps = self._layers.rms_norm_eps(layer)
+            norm = self._layers.RMSNorm(layer.normalized_shape, eps=eps, device="meta", dtype=dtype)
         else:
             return None
-        return without_extra_state(norm)
+        return self._layers.without_extra_state(norm)
 
     def fuse(self, root: nn.Module, kept: dict[nn.Module, list[str]], dtype: torch.dtype) -> list[str]:
         """See :meth:`Float8Backend.fuse`."""
@@ -144,7 +149,7 @@ class TransformerEngineBackend(Float8Backend):
         """The layers' amax histories, in TE's own bytes; empty for all recipes but delayed scaling."""
         if not self.recipe.delayed():
             return {}
-        states = {name: layer.get_extra_state() for name, layer in self._layers(root).items()}
+        states = {name: layer.get_extra_state() for name, layer in self._layers_of(root).items()}
         return {name: state for name, state in states.items() if state is not None and state.numel() > 0}
 
     def load_state_dict(self, root: nn.Module, state: dict[str, Tensor]) -> None:
@@ -155,14 +160,14 @@ class TransformerEngineBackend(Float8Backend):
         """
         if not self.recipe.delayed():
             return
-        layers = self._layers(root)
+        layers = self._layers_of(root)
         homeless = sorted(state.keys() - layers.keys())
         if homeless:
             rank_zero_warn(f"The checkpoint holds FP8 scaling histories of layers that are not in FP8 now: {homeless}.")
         for name in state.keys() & layers.keys():
             layers[name].set_extra_state(state[name])
 
-    def _layers(self, root: nn.Module) -> dict[str, Any]:
+    def _layers_of(self, root: nn.Module) -> dict[str, Any]:
         """TE's layers by the names of the modules that are, or compute through, them."""
         layers = {}
         for name, module in root.named_modules():
@@ -212,11 +217,6 @@ def cuda_version() -> Capability | None:
     return int(major), int(minor)
 
 
-def rms_norm_eps(norm: nn.RMSNorm) -> float:
-    """The epsilon that torch uses: it normalises in float32 at least, and None means that type's own."""
-    return torch.finfo(torch.float32).eps if norm.eps is None else float(norm.eps)
-
-
 def _make_recipe(choice: RecipeChoice) -> "Recipe":
     library = importlib.import_module("transformer_engine.common.recipe")
     if choice.name is None:
@@ -249,47 +249,3 @@ def _multiple_of(recipe: "Recipe") -> int:
 def _is(recipe: "Recipe", kind: str) -> bool:
     """Whether a recipe is of a kind; an older TE does not know every kind."""
     return hasattr(recipe, kind) and bool(getattr(recipe, kind)())
-
-
-@lru_cache(maxsize=8)
-def _token_padding(linear_type: type, multiple: int) -> Any:
-    """A subclass of TE's linear layer that fills the tokens up with zeros to a multiple, where it is needed.
-
-    TE refuses a number of tokens that is no multiple of 8, and some of its products one that is no multiple of 16; the
-    last batch of an epoch often has such a number. Zeros change no other token, no scale and no gradient.
-    """
-
-    class Linear(linear_type):
-        def forward(self, inp: Tensor, *args: Any, **options: Any) -> Any:
-            leading = inp.shape[:-1]
-            if leading.numel() % multiple == 0:
-                return super().forward(inp, *args, **options)
-            return unpad_tokens(super().forward(pad_tokens(inp, multiple), *args, **options), leading)
-
-    return Linear
-
-
-def without_extra_state(layer: nn.Module) -> nn.Module:
-    """Keep the state-dict keys of the torch layer: TE adds ``_extra_state``, which an unconverted model cannot load.
-
-    Lightning loads the weights before the plugin converts the model. With delayed scaling the extra state has content:
-    the plugin saves it on its own, see :meth:`TransformerEngineBackend.state_dict`.
-    """
-    layer.register_state_dict_post_hook(_drop_extra_state)
-    layer.register_load_state_dict_pre_hook(_add_empty_extra_state)
-    return layer
-
-
-def _dequantize_weight(layer: nn.Module, state_dict: MutableMapping[str, Any], prefix: str, metadata: Any) -> None:
-    key = f"{prefix}weight"
-    if hasattr(state_dict.get(key), "dequantize"):
-        state_dict[key] = state_dict[key].dequantize()
-
-
-def _drop_extra_state(layer: nn.Module, state_dict: MutableMapping[str, Any], prefix: str, metadata: Any) -> None:
-    state_dict.pop(f"{prefix}_extra_state", None)
-
-
-def _add_empty_extra_state(layer: nn.Module, state_dict: MutableMapping[str, Any], prefix: str, *report: Any) -> None:
-    # An empty state is TE's own way to say that there is nothing to restore.
-    state_dict.setdefault(f"{prefix}_extra_state", torch.empty(0, dtype=torch.uint8))

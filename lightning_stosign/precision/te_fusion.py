@@ -9,7 +9,7 @@ from torch.func import functional_call
 
 from lightning_stosign.precision._layers import HollowLayer, is_plain_linear, take_over
 from lightning_stosign.precision._padding import pad_tokens, unpad_tokens
-from lightning_stosign.precision.te_backend import rms_norm_eps, without_extra_state
+from lightning_stosign.precision.te_layers import rms_norm_eps, without_extra_state
 
 
 class Chain(NamedTuple):

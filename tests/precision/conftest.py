@@ -1,13 +1,18 @@
-import sys
-from collections.abc import Iterator
+import contextlib
+import os
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-import te_stand_in
+import te_cpu
 import torch
 
 from lightning_stosign.precision import te_backend
 from lightning_stosign.precision.te_backend import TransformerEngineBackend
+
+ON_CPU = os.environ.get(te_cpu.VARIABLE) == "1"
+if not (ON_CPU or torch.cuda.is_available()):
+    collect_ignore_glob = ["test_te_*.py"]  # `make test-te` runs them; one that is named runs, and says so
 
 
 @pytest.fixture(autouse=True, scope="package")
@@ -19,12 +24,39 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+@pytest.fixture(scope="session")
+def transformer_engine() -> Any:
+    """The module ``transformer_engine.pytorch``: on the CPU in a process of its own, else on a GPU, else skipped."""
+    if ON_CPU:
+        try:
+            return te_cpu.start()
+        except ImportError as error:
+            pytest.skip(f"the wheel transformer-engine is not installed: {error}")
+    if (obstacle := te_backend.missing_for_transformer_engine()) is not None:
+        pytest.skip(f"`make test-te` runs this without a GPU; here {obstacle}")
+    return te_backend.import_transformer_engine()
+
+
 @pytest.fixture
-def te(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A machine with an H100 and Transformer Engine, as far as the package sees; the Trainer still runs on the CPU."""
-    monkeypatch.setitem(sys.modules, "transformer_engine.pytorch", te_stand_in)
-    monkeypatch.setattr(te_backend, "cuda_capability", lambda: (9, 0))
-    monkeypatch.setattr(TransformerEngineBackend, "device_types", ("cpu",))
-    te_stand_in.AUTOCASTS.clear()
-    te_stand_in.QUANTIZED_INITS.clear()
-    return te_stand_in
+def te(transformer_engine: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """Transformer Engine's own classes, on what seems to be an H100 where there is no GPU; see :mod:`te_cpu`."""
+    if ON_CPU:
+        monkeypatch.setattr(TransformerEngineBackend, "device_types", ("cpu",))
+    yield transformer_engine
+    from transformer_engine.pytorch.quantization import FP8GlobalStateManager
+
+    FP8GlobalStateManager.reset()
+
+
+@pytest.fixture
+def no_fp8(te: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """TE's layers compute in the type of the weights: all else that the plugin does must cancel out."""
+    autocast = te.autocast
+    monkeypatch.setattr(te, "autocast", lambda **arguments: autocast(**{**arguments, "enabled": False}))
+
+
+@pytest.fixture
+def on_gpu(te: Any) -> Iterator[Callable[[tuple[int, int]], None]]:
+    """Seem to have a GPU of another compute capability, to the end of the test; a real GPU is what it is."""
+    with contextlib.ExitStack() as stack:
+        yield lambda capability: stack.enter_context(te_cpu.gpu(capability)) if ON_CPU else None

@@ -12,6 +12,7 @@ from torchao.float8.float8_linear import Float8Linear
 from lightning_stosign.precision import Float8Precision
 
 BATCH = 16
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 class Net(LightningModule):
@@ -40,6 +41,15 @@ class Net(LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.AdamW(self.parameters(), lr=1e-2)
+
+
+class Wide(Net):
+    """With sizes that every recipe takes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.middle = nn.Linear(32, 128), nn.Linear(128, 128)
+        self.norm, self.last, self.head = nn.LayerNorm(128), nn.Linear(128, 16), nn.Linear(16, 3)
 
 
 def net(seed: int = 0, model: type[LightningModule] = Net) -> Any:

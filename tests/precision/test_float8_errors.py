@@ -91,28 +91,6 @@ def test_te_that_cannot_be_imported_is_absent_and_the_reason_is_told(
     assert Float8Precision().backend == "torchao"
 
 
-def test_recipe_of_another_type_is_refused_by_te(monkeypatch: pytest.MonkeyPatch) -> None:
-    import te_stand_in
-
-    monkeypatch.setitem(sys.modules, "transformer_engine.pytorch", te_stand_in)
-    monkeypatch.setattr(te_backend, "cuda_capability", lambda: (9, 0))
-    with pytest.raises(
-        TypeError, match=r"recipe must be one of .*'delayed'.*or a transformer_engine.*got 8 of type int"
-    ):
-        Float8Precision(8)
-    with pytest.raises(ValueError, match=r"recipe='rowwise' is not offered by backend='transformer-engine', which has"):
-        Float8Precision("rowwise", backend="transformer-engine")
-
-
-def test_a_recipe_object_of_te_is_refused_by_torchao() -> None:
-    import te_stand_in
-
-    with pytest.raises(
-        TypeError, match=r"recipe must be one of .* for backend='torchao', got .* of type DelayedScaling"
-    ):
-        Float8Precision(te_stand_in.recipes.DelayedScaling(), backend="torchao")
-
-
 @pytest.mark.parametrize(
     ("model", "exclude", "parts"),
     [

@@ -3,7 +3,7 @@ from typing import Any
 
 import pytest
 import torch
-from float8_models import ScaledMMs, Wrapped, batches, net, te_plugin, torchao_plugin, trainer
+from float8_models import ScaledMMs, Wrapped, batches, net, torchao_plugin, trainer
 from torch import nn
 
 from lightning_stosign.precision import Float8Precision
@@ -96,45 +96,3 @@ def test_parameters_that_come_from_meta_are_initialised_as_torch_does() -> None:
     truth = nn.Linear(33, 70)
     assert torch.equal(model.layer.weight, truth.weight)
     assert torch.equal(model.layer.bias, truth.bias)
-
-
-# Transformer Engine's tokens
-
-
-@pytest.mark.parametrize(("recipe", "multiple"), [("current", 16), ("delayed", 16), ("block", 128)])
-@pytest.mark.parametrize("shape", [(3, 5), (1,), (7,), (0,), (128,)])
-def test_te_gets_multiples_of_tokens_and_the_user_gets_his_own(
-    te: Any, recipe: str, multiple: int, shape: tuple[int, ...]
-) -> None:
-    model = Wrapped(layer=nn.Linear(128, 128))
-    truth = copy.deepcopy(model.layer)
-    float8 = te_plugin(recipe=recipe)
-    float8.convert_module(model)
-    seen: list[torch.Tensor] = []
-    enter = model.layer.enter_fp8
-
-    def recording(inp: torch.Tensor, weights: list[torch.Tensor]) -> None:
-        seen.append(inp)
-        enter(inp, weights)
-
-    model.layer.enter_fp8 = recording
-    inputs = torch.randn(*shape, 128, requires_grad=True)
-    with float8.forward_context():
-        output = model.layer(inputs)
-    torch.testing.assert_close(output, truth(inputs))
-    assert seen[0].shape[:-1].numel() % multiple == 0
-    output.sum().backward()
-    assert inputs.grad.shape == inputs.shape
-
-
-def test_te_pads_sizes_too(te: Any) -> None:
-    model = odd_model()
-    truth = copy.deepcopy(model.layer)
-    float8 = te_plugin(recipe="delayed", pad=True)
-    float8.convert_module(model)
-    assert isinstance(model.layer.inner, te.Linear)
-    inputs = torch.randn(5, 33)
-    with float8.forward_context():
-        torch.testing.assert_close(model.layer(inputs), truth(inputs))
-    assert set(float8.state_dict()["layers"]) == {"layer"}
-    assert list(model.layer.state_dict()) == ["weight", "bias"]

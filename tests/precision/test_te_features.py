@@ -4,12 +4,12 @@ import copy
 from typing import Any
 
 import pytest
+import te_cpu
 import torch
-from float8_models import Net, Wrapped, batches, net, te_plugin, trainer
+from float8_models import DEVICE, Net, Wrapped, batches, net, te_plugin, trainer
 from torch import nn
 
 from lightning_stosign import StoSignConfig, StoSignMixin
-from lightning_stosign.precision import te_backend
 
 pytestmark = pytest.mark.filterwarnings("ignore:Float8Precision leaves these layers")
 
@@ -25,14 +25,12 @@ def test_quantised_weights_start_from_the_values_of_the_model(te: Any) -> None:
     float8 = te_plugin(quantized_weights=True)
     float8.convert_module(model)
     for layer in (model.first, model.middle, model.last):
-        assert isinstance(layer.weight, te.QuantizedParameter)
+        assert isinstance(layer.weight, te.QuantizedTensor)
+        assert isinstance(layer.weight, nn.Parameter)
     assert torch.equal(model.first.weight.get_high_precision_init_val(), initial["first.weight"])
     assert not model.middle.weight.requires_grad
     assert torch.equal(torch.get_rng_state(), state)
-    request = te.QUANTIZED_INITS[-1]
-    assert (request["enabled"], request["preserve"]) == (True, True)
-    with float8.forward_context():
-        assert request["recipe"] is te.AUTOCASTS[-1].recipe
+    torch.testing.assert_close(model.first.weight.dequantize(), initial["first.weight"], rtol=1 / 16, atol=1e-3)
 
 
 def test_a_state_dict_holds_plain_weights(te: Any) -> None:
@@ -41,8 +39,9 @@ def test_a_state_dict_holds_plain_weights(te: Any) -> None:
     assert {type(value) for value in state.values()} == {torch.Tensor}
     fresh = net(seed=7)
     fresh.load_state_dict(state)
+    assert torch.equal(fresh.first.weight, model.first.weight.dequantize())
     model.load_state_dict(net(seed=8).state_dict())
-    assert torch.equal(model.first.weight, net(seed=8).first.weight)
+    torch.testing.assert_close(model.first.weight.dequantize(), net(seed=8).first.weight.data, rtol=1 / 16, atol=1e-3)
 
 
 def test_tied_weights_are_not_quantised(te: Any) -> None:
@@ -51,7 +50,7 @@ def test_tied_weights_are_not_quantised(te: Any) -> None:
     te_plugin(quantized_weights=True).convert_module(model)
     assert isinstance(model.head, te.Linear)
     assert model.head.weight is model.embedding.weight
-    assert isinstance(model.other.weight, te.QuantizedParameter)
+    assert isinstance(model.other.weight, te.QuantizedTensor)
 
 
 def test_quantised_weights_on_meta_stay_there(te: Any) -> None:
@@ -91,7 +90,9 @@ def sequence(norm: type[nn.Module] = nn.LayerNorm, bias: bool = True) -> Any:
 
 @pytest.mark.parametrize("norm", [nn.LayerNorm, nn.RMSNorm])
 @pytest.mark.parametrize("bias", [True, False])
-def test_fused_layers_compute_and_learn_what_the_separate_ones_did(te: Any, norm: Any, bias: bool) -> None:
+def test_fused_layers_compute_and_learn_what_the_separate_ones_did(
+    te: Any, no_fp8: None, norm: Any, bias: bool
+) -> None:
     separate, fused = sequence(norm, bias), sequence(norm, bias)
     float8 = te_plugin(fuse=True)
     float8.convert_module(fused)
@@ -193,7 +194,7 @@ def test_fused_parameters_that_come_from_meta_can_be_initialised(te: Any) -> Non
     assert model.one[1].weight.abs().max() <= 0.25
 
 
-def test_a_fused_run_resumes_and_trains_where_the_separate_one_goes(te: Any) -> None:
+def test_a_fused_run_trains_where_the_separate_one_goes(te: Any, no_fp8: None) -> None:
     class Stack(Net):
         def __init__(self) -> None:
             super().__init__()
@@ -202,7 +203,7 @@ def test_a_fused_run_resumes_and_trains_where_the_separate_one_goes(te: Any) -> 
     models = [net(model=Stack), net(model=Stack)]
     trainer(te_plugin(fuse=True), steps=4).fit(models[0], batches())
     trainer(steps=4).fit(models[1], batches())
-    assert models[0].losses == models[1].losses
+    assert models[0].losses == pytest.approx(models[1].losses, rel=1e-5)
 
 
 def test_a_shared_layer_under_delayed_scaling_is_warned_about(te: Any) -> None:
@@ -211,25 +212,27 @@ def test_a_shared_layer_under_delayed_scaling_is_warned_about(te: Any) -> None:
         te_plugin(recipe="delayed").convert_module(Wrapped(one=shared, two=shared))
 
 
+CAPABILITY = {"mxfp8": te_cpu.B200, "nvfp4": te_cpu.B200}
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("feature", ["plain", "pad", "fuse", "quantized_weights"])
 @pytest.mark.parametrize("recipe", ["delayed", "current", "block", "mxfp8", "nvfp4"])
-def test_real_transformer_engine_computes_what_torch_computes(recipe: str, feature: str) -> None:
-    if (obstacle := te_backend.missing_for_transformer_engine()) is not None:
-        pytest.skip(obstacle)
+def test_every_recipe_computes_what_torch_computes(te: Any, on_gpu: Any, recipe: str, feature: str) -> None:
+    on_gpu(CAPABILITY.get(recipe, te_cpu.H100))
     flags: Any = {} if feature == "plain" else {feature: True}
     try:
         float8 = te_plugin(recipe=recipe, weights_dtype="bfloat16", **flags)
-    except ValueError as error:  # this GPU does not have the recipe
+    except ValueError as error:  # not for this GPU, or not together
         pytest.skip(str(error))
     size = 200 if feature == "pad" else 256
     torch.manual_seed(0)
     model = Wrapped(chain=nn.Sequential(nn.LayerNorm(size), nn.Linear(size, size)), other=nn.Linear(size, size))
     model.bfloat16()
-    truth = copy.deepcopy(model).cuda()
+    truth = copy.deepcopy(model).to(DEVICE)
     float8.convert_module(model)
-    model.cuda()
-    inputs = torch.randn(3, 7, size, device="cuda", dtype=torch.bfloat16)
+    model.to(DEVICE)
+    inputs = torch.randn(3, 7, size, device=DEVICE, dtype=torch.bfloat16)
     for _ in range(2):  # delayed scaling learns its scales in the first call
         with float8.forward_context():
             output = model.other(model.chain(inputs))

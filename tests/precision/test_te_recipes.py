@@ -1,18 +1,26 @@
+import importlib
 import re
 from typing import Any
 
 import pytest
-import te_stand_in
+import te_cpu
 import torch
 from float8_models import batches, net, te_plugin, trainer
 
-from lightning_stosign.precision import Float8Precision, te_backend
+from lightning_stosign.precision import Float8Precision
 from lightning_stosign.precision.te_backend import TransformerEngineBackend
 
-recipes = te_stand_in.recipes
-
-
 pytestmark = pytest.mark.filterwarnings("ignore:Float8Precision leaves these layers")
+
+
+@pytest.fixture
+def recipes(te: Any) -> Any:
+    return importlib.import_module("transformer_engine.common.recipe")
+
+
+def state() -> Any:
+    """What an autocast around this call has set."""
+    return importlib.import_module("transformer_engine.pytorch.quantization").FP8GlobalStateManager
 
 
 @pytest.mark.parametrize(
@@ -26,21 +34,18 @@ pytestmark = pytest.mark.filterwarnings("ignore:Float8Precision leaves these lay
     ],
 )
 def test_a_name_stands_for_the_recipe_of_te(
-    te: Any, monkeypatch: Any, name: str, recipe_type: str, capability: tuple, fp8_format: str
+    recipes: Any, name: str, recipe_type: str, capability: tuple, fp8_format: str
 ) -> None:
-    monkeypatch.setattr(te_backend, "cuda_capability", lambda: capability)
-    with te_plugin(recipe=name, weights_dtype="bfloat16").forward_context():
-        pass
-    recipe = te.AUTOCASTS[-1].recipe
+    with te_cpu.gpu(capability), te_plugin(recipe=name, weights_dtype="bfloat16").forward_context():
+        recipe = state().get_fp8_recipe()
     assert type(recipe) is getattr(recipes, recipe_type)
     assert recipe.fp8_format is getattr(recipes.Format, fp8_format)
 
 
-def test_a_recipe_object_is_passed_through(te: Any) -> None:
+def test_a_recipe_object_is_passed_through(recipes: Any) -> None:
     recipe = recipes.DelayedScaling(amax_history_len=4)
     with te_plugin(recipe=recipe).forward_context():
-        pass
-    assert te.AUTOCASTS[-1].recipe is recipe
+        assert state().get_fp8_recipe() is recipe
 
 
 @pytest.mark.parametrize(
@@ -50,7 +55,7 @@ def test_a_recipe_object_is_passed_through(te: Any) -> None:
             "block",
             (8, 9),
             "recipe='block' needs compute capability 9.0 or higher and CUDA 12.9 or newer; "
-            "this GPU has 8.9 and runs ['delayed', 'current']: use 'current'",
+            "this GPU has 8.9 with CUDA 13.0 and runs ['delayed', 'current']: use 'current'",
         ),
         (
             "mxfp8",
@@ -74,10 +79,9 @@ def test_a_recipe_object_is_passed_through(te: Any) -> None:
 )
 @pytest.mark.parametrize("backend", ["auto", "transformer-engine"])
 def test_a_recipe_that_the_gpu_lacks_is_refused_with_what_it_has(
-    te: Any, monkeypatch: Any, backend: Any, name: str, capability: tuple, message: str
+    te: Any, backend: Any, name: str, capability: tuple, message: str
 ) -> None:
-    monkeypatch.setattr(te_backend, "cuda_capability", lambda: capability)
-    with pytest.raises(ValueError, match=re.escape(message)):
+    with te_cpu.gpu(capability), pytest.raises(ValueError, match=re.escape(message)):
         Float8Precision(name, backend=backend)
 
 
@@ -90,11 +94,10 @@ def test_an_old_cuda_is_named_too(te: Any, monkeypatch: Any) -> None:
     te_plugin(recipe="block")
 
 
-def test_a_mapping_gives_a_recipe_its_options(te: Any) -> None:
+def test_a_mapping_gives_a_recipe_its_options(recipes: Any) -> None:
     options = {"name": "delayed", "amax_history_len": 4, "fp8_format": "E4M3", "reduce_amax": False}
     with te_plugin(recipe=options).forward_context():
-        pass
-    recipe = te.AUTOCASTS[-1].recipe
+        recipe = state().get_fp8_recipe()
     assert type(recipe) is recipes.DelayedScaling
     assert (recipe.amax_history_len, recipe.fp8_format, recipe.reduce_amax) == (4, recipes.Format.E4M3, False)
 
@@ -125,9 +128,9 @@ def test_options_that_a_recipe_does_not_have_are_refused(te: Any, recipe: Any, p
     ],
 )
 def test_nvfp4_asks_for_the_weights_that_it_can_rotate(
-    te: Any, monkeypatch: Any, recipe: Any, weights_dtype: str, match: str | None
+    te: Any, on_gpu: Any, recipe: Any, weights_dtype: str, match: str | None
 ) -> None:
-    monkeypatch.setattr(te_backend, "cuda_capability", lambda: (10, 0))
+    on_gpu(te_cpu.B200)
     if match is None:
         trainer(te_plugin(recipe=recipe, weights_dtype=weights_dtype), steps=1).fit(net(), batches())
     else:
@@ -136,8 +139,8 @@ def test_nvfp4_asks_for_the_weights_that_it_can_rotate(
 
 
 @pytest.mark.parametrize(("capability", "backend"), [((9, 0), "transformer-engine"), ((8, 0), "torchao")])
-def test_auto_takes_te_where_it_runs(te: Any, monkeypatch: Any, capability: tuple, backend: str) -> None:
-    monkeypatch.setattr(te_backend, "cuda_capability", lambda: capability)
+def test_auto_takes_te_where_it_runs(te: Any, on_gpu: Any, capability: tuple, backend: str) -> None:
+    on_gpu(capability)
     assert Float8Precision().backend == backend
 
 
@@ -148,56 +151,72 @@ def test_auto_takes_torchao_for_its_own_recipe(te: Any) -> None:
 # The forward context
 
 
+def seen_by(layer: torch.nn.Module) -> list[Any]:
+    """Collects, for every call of the layer, what TE finds around it."""
+    seen: list[Any] = []
+
+    def look(*call: Any) -> None:
+        manager = state()
+        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
+        seen.append(
+            (manager.is_fp8_enabled(), manager.quantization_state.autocast_depth, manager.get_fp8_group(), dtype)
+        )
+
+    layer.register_forward_pre_hook(look)
+    return seen
+
+
 def test_steps_run_inside_one_enabled_autocast(te: Any) -> None:
     model = net()
+    seen = seen_by(model.first)
     run = trainer(te_plugin(), steps=2)
     run.fit(model, batches())
-    assert len(te.AUTOCASTS) == 2
-    assert all(call.enabled and call.amax_reduction_group is None for call in te.AUTOCASTS)
-    assert model.first.recipe is te.AUTOCASTS[-1].recipe  # the layers saw it
     run.test(model, batches(1), verbose=False)
-    assert len(te.AUTOCASTS) == 3
+    assert seen == 3 * [(True, 1, None, None)]
 
 
-@pytest.mark.parametrize(("weights_dtype", "expected"), [("float32", False), ("bfloat16", torch.bfloat16)])
-def test_other_operations_are_autocast_to_bfloat16_weights_only(te: Any, weights_dtype: str, expected: Any) -> None:
+def test_other_operations_are_autocast_to_bfloat16_weights_only(te: Any) -> None:
     model = net()
-    trainer(te_plugin(weights_dtype=weights_dtype), steps=1).fit(model, batches())
-    assert te.AUTOCASTS[0].torch_autocast == expected
-    assert model.first.weight.dtype == model.dtype == getattr(torch, weights_dtype)
+    seen = seen_by(model.first)
+    trainer(te_plugin(weights_dtype="bfloat16"), steps=1).fit(model, batches())
+    assert seen == [(True, 1, None, torch.bfloat16)]
+    assert model.first.weight.dtype == model.dtype == torch.bfloat16
 
 
 def test_amax_is_reduced_over_the_world(te: Any, tmp_path: Any) -> None:
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
         with te_plugin().forward_context():
-            pass
-        assert te.AUTOCASTS[-1].amax_reduction_group is torch.distributed.group.WORLD
+            assert state().get_fp8_group() is torch.distributed.group.WORLD
     finally:
         torch.distributed.destroy_process_group()
 
 
-def test_an_old_te_is_asked_through_its_old_name(te: Any, monkeypatch: Any) -> None:
-    calls = []
-
-    def fp8_autocast(
-        enabled: bool = True, calibrating: bool = False, fp8_recipe: Any = None, fp8_group: Any = None
-    ) -> Any:
-        calls.append((enabled, fp8_recipe, fp8_group))
-        return autocast(enabled, calibrating, fp8_recipe, fp8_group)
-
-    autocast = te.autocast
-    monkeypatch.setattr(te, "fp8_autocast", fp8_autocast, raising=False)
-    recipe = recipes.Float8CurrentScaling()
-    with te_plugin(recipe=recipe).forward_context():
-        assert not calls  # not while the new name is there
+def test_an_old_te_is_asked_through_its_old_name(recipes: Any, te: Any, monkeypatch: Any) -> None:
     monkeypatch.delattr(te, "autocast")
-    with te_plugin(recipe=recipe).forward_context():
-        pass
-    assert calls == [(True, recipe, None)]
+    recipe = recipes.Float8CurrentScaling()
+    with pytest.warns(DeprecationWarning), te_plugin(recipe=recipe).forward_context():
+        assert state().is_fp8_enabled()
+        assert state().get_fp8_recipe() is recipe
 
 
 def test_a_run_on_another_device_is_refused(te: Any, monkeypatch: Any) -> None:
     monkeypatch.setattr(TransformerEngineBackend, "device_types", ("cuda",))
     with pytest.raises(RuntimeError, match=r"runs on cuda, and the model is on 'cpu'.*backend='torchao'"):
         trainer(te_plugin()).fit(net(), batches())
+
+
+def test_an_object_that_is_no_recipe_is_refused(te: Any) -> None:
+    with pytest.raises(
+        TypeError, match=r"recipe must be one of .*'delayed'.*or a transformer_engine.*got 8 of type int"
+    ):
+        Float8Precision(8)
+    with pytest.raises(ValueError, match=r"recipe='rowwise' is not offered by backend='transformer-engine', which has"):
+        Float8Precision("rowwise", backend="transformer-engine")
+
+
+def test_a_recipe_object_of_te_is_refused_by_torchao(recipes: Any) -> None:
+    with pytest.raises(
+        TypeError, match=r"recipe must be one of .* for backend='torchao', got .* of type DelayedScaling"
+    ):
+        Float8Precision(recipes.DelayedScaling(), backend="torchao")

@@ -1,0 +1,150 @@
+"""In the place of ``transformer_engine_torch``, the compiled module of Transformer Engine; see :mod:`te_cpu`."""
+
+import enum
+from typing import Any
+
+import torch
+
+from te_cpu.formats import DType as DType
+from te_cpu.pointwise import (
+    activations,
+)
+from te_cpu.pointwise import (
+    fused_amax_and_scale_update_after_reduction as fused_amax_and_scale_update_after_reduction,
+)
+from te_cpu.pointwise import (
+    layernorm_bwd as layernorm_bwd,
+)
+from te_cpu.pointwise import (
+    layernorm_fwd as layernorm_fwd,
+)
+from te_cpu.pointwise import (
+    multi_tensor_adam as multi_tensor_adam,
+)
+from te_cpu.pointwise import (
+    rmsnorm_bwd as rmsnorm_bwd,
+)
+from te_cpu.pointwise import (
+    rmsnorm_fwd as rmsnorm_fwd,
+)
+from te_cpu.products import generic_gemm as generic_gemm
+from te_cpu.products import te_general_grouped_gemm as te_general_grouped_gemm
+from te_cpu.quantized import (
+    bgrad_quantize as bgrad_quantize,
+)
+from te_cpu.quantized import (
+    create_empty_quantized_tensor as create_empty_quantized_tensor,
+)
+from te_cpu.quantized import (
+    dequantize as dequantize,
+)
+from te_cpu.quantized import (
+    fp8_transpose as fp8_transpose,
+)
+from te_cpu.quantized import (
+    quantize as quantize,
+)
+from te_cpu.quantized import (
+    split_quantize as split_quantize,
+)
+
+globals().update(activations())
+
+FP8FwdTensors = enum.IntEnum(
+    "FP8FwdTensors", [f"GEMM{i}_{role}" for i in (1, 2, 3) for role in ("INPUT", "WEIGHT", "OUTPUT")], start=0
+)
+FP8BwdTensors = enum.IntEnum(
+    "FP8BwdTensors", [f"{role}{i}" for i in (1, 2, 3) for role in ("GRAD_OUTPUT", "GRAD_INPUT")], start=0
+)
+CommOverlapType = enum.IntEnum("CommOverlapType", ["RS", "AG"], start=0)
+CommOverlapAlgo = enum.IntEnum("CommOverlapAlgo", ["BULK_OVERLAP_AG", "BULK_OVERLAP_RS"], start=0)
+Float8BlockScaleTensorFormat = enum.IntEnum(
+    "Float8BlockScaleTensorFormat", ["GEMM_READY", "COMPACT", "INVALID"], start=0
+)
+
+
+class _AnyMember(type):
+    """An enum of something that nothing here computes with: a name becomes a member when it is asked for."""
+
+    def __getattr__(cls, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        setattr(cls, name, len(cls.__members__))
+        return getattr(cls, name)
+
+    @property
+    def __members__(cls) -> dict[str, int]:
+        return {name: value for name, value in vars(cls).items() if not name.startswith("__")}
+
+
+def _unused(name: str) -> Any:
+    return _AnyMember(name, (), {})
+
+
+NVTE_Bias_Type, NVTE_Mask_Type, NVTE_Softmax_Type = map(_unused, ("Bias", "Mask", "Softmax"))
+NVTE_QKV_Format, NVTE_QKV_Layout, NVTE_Fused_Attn_Backend = map(_unused, ("Format", "Layout", "Attention"))
+NVTERoutingMapFormat, NVTEQBHistogramMode, NVTEScalingMode = map(_unused, ("Routing", "Histogram", "Scaling"))
+
+
+class FP8TensorMeta:
+    """Scales and amax history of delayed scaling."""
+
+    scale = scale_inv = amax_history = None
+
+
+class CommOverlapCore:
+    """Userbuffers: named in annotations only, like its subclasses."""
+
+
+class CommOverlapBase(CommOverlapCore): ...
+
+
+class CommOverlapP2PBase(CommOverlapCore): ...
+
+
+class CommOverlap(CommOverlapBase): ...
+
+
+class CommOverlapP2P(CommOverlapP2PBase): ...
+
+
+class CommOverlapHelper: ...
+
+
+def get_cudnn_version() -> int:
+    return 91500
+
+
+def get_cublasLt_version() -> int:
+    return 130000  # below what the grouped kernels want that read their sizes from the GPU
+
+
+def get_num_cublas_streams() -> int:
+    return 4
+
+
+def device_supports_multicast(device_id: int = -1) -> bool:
+    return False
+
+
+def ubuf_built_with_mpi() -> bool:
+    return False
+
+
+def nvte_built_with_cublasmp() -> bool:
+    return False
+
+
+def multi_tensor_scale(chunk_size: int, noop_flag: torch.Tensor, tensor_lists: Any, scale: float) -> None:
+    for source, target in zip(*tensor_lists, strict=True):
+        target.copy_(source * scale)
+
+
+def __getattr__(name: str) -> Any:
+    if name.startswith("__"):
+        raise AttributeError(name)
+
+    def missing(*args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError(f"te_cpu has no transformer_engine_torch.{name}")
+
+    return missing
