@@ -9,18 +9,23 @@ from pathlib import Path
 
 HOME = Path(__file__).parents[2] / "lightning_stosign"
 
-for name, folder in {
-    "lightning_stosign": HOME,
-    "lightning_stosign.optim": HOME / "optim",
-    "lightning_stosign.optim.kernels": HOME / "optim" / "kernels",
-}.items():
-    package = sys.modules[name] = types.ModuleType(name)
-    package.__path__ = [str(folder)]
 
-from lightning_stosign.optim.kernels import native_build  # noqa: E402
+def without_torch():
+    """Import native_build alone: the packages above it import torch."""
+    for name, folder in {
+        "lightning_stosign": HOME,
+        "lightning_stosign.optim": HOME / "optim",
+        "lightning_stosign.optim.kernels": HOME / "optim" / "kernels",
+    }.items():
+        package = sys.modules[name] = types.ModuleType(name)
+        package.__path__ = [str(folder)]
+    from lightning_stosign.optim.kernels import native_build
+
+    return native_build
 
 
 def main(compile_seconds="20", *prebuilt):
+    native_build = without_torch()
     native_build._COMPILE_SECONDS = float(compile_seconds)
     if prebuilt:
         native_build._PREBUILT = Path(prebuilt[0])
