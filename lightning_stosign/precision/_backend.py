@@ -1,6 +1,7 @@
 """What an FP8 library has to offer for Float8Precision to run on it."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Collection
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
 
@@ -78,12 +79,23 @@ class Float8Backend(ABC):
         """Let FSDP2 gather the weights of the converted layers in FP8; a feature."""
         raise NotImplementedError
 
-    def forward_context(self) -> AbstractContextManager[Any]:
-        """The context in which the converted layers compute in FP8."""
+    def check(self, root: nn.Module) -> None:  # noqa: B027  # nothing to refuse
+        """Refuse a model that the recipe cannot run.
+
+        Raises:
+            ValueError: The model has layers of the library that were made for another recipe.
+        """
+
+    def forward_context(self, root: nn.Module | None) -> AbstractContextManager[Any]:
+        """The context in which the converted layers compute in FP8.
+
+        Args:
+            root: The model; None before one was converted.
+        """
         return nullcontext()
 
-    def objection(self, dtype: torch.dtype) -> str | None:
-        """What speaks against weights of a type, in words; None if nothing does."""
+    def objection(self, dtype: torch.dtype, flags: Collection[str]) -> str | None:
+        """Return what speaks against weights of a type, or against a feature with this recipe; None if nothing does."""
         return None
 
     def warn_about_shared(self, names: list[str]) -> None:  # noqa: B027  # nothing to warn about

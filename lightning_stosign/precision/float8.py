@@ -130,7 +130,7 @@ class Float8Precision(TransformerEnginePrecision):
                 f"{missing[0]}=True is not offered by backend={self._backend.name!r} with recipe={recipe!r}; "
                 f"{_FEATURES[missing[0]]} has it"
             )
-        if objection := self._backend.objection(self.weights_dtype):
+        if objection := self._backend.objection(self.weights_dtype, self._flags):
             raise ValueError(f"recipe={recipe!r} with weights_dtype={weights_dtype!r}: {objection}")
         self._module: nn.Module | None = None
         self._stepping = Stepping()
@@ -147,6 +147,7 @@ class Float8Precision(TransformerEnginePrecision):
             ValueError: No layer is left to convert, and none is in FP8 already.
             RuntimeError: The model is sharded by FSDP2 already.
         """
+        self._backend.check(module)
         self._module = module
         names = names_of_modules(module)
         linears = {layer: aliases for layer, aliases in names.items() if is_plain_linear(layer)}
@@ -269,7 +270,7 @@ class Float8Precision(TransformerEnginePrecision):
     @contextmanager
     def forward_context(self) -> Iterator[None]:
         """Compute converted layers in low precision and the others in ``weights_dtype``."""
-        with _default_dtype(self.weights_dtype), self._autocast(), self._backend.forward_context():
+        with _default_dtype(self.weights_dtype), self._autocast(), self._backend.forward_context(self._module):
             yield
 
     def state_dict(self) -> dict[str, Any]:

@@ -1,11 +1,12 @@
 """FP8 layers from NVIDIA Transformer Engine (TE): CUDA devices of compute capability 8.9 and up."""
 
 import importlib
-from contextlib import AbstractContextManager
+from collections.abc import Collection, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import fields
 from functools import partial
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from lightning_stosign.precision._backend import Float8Backend
 from lightning_stosign.precision._layers import HollowLayer
 from lightning_stosign.precision._recipes import MINIMAL_CAPABILITY, RECIPES, Capability, RecipeChoice, check_hardware
+from lightning_stosign.precision.te_histories import no_inference_tensors, remembers, unchanged_histories
 
 if TYPE_CHECKING:
     from transformer_engine.common.recipe import Recipe
@@ -45,7 +47,10 @@ class TransformerEngineBackend(Float8Backend):
     def __init__(self, recipe: RecipeChoice) -> None:
         import_transformer_engine()
         self.recipe = _make_recipe(recipe)
-        self.multiple = _multiple_of(self.recipe)
+        quantizers = _quantizers_of(self.recipe) if _is(self.recipe, "custom") else []
+        self.multiple = max(map(_multiple_of_quantizer, quantizers)) if quantizers else _multiple_of(self.recipe)
+        requests = (type(quantizer).__name__ for quantizer in quantizers)
+        self._has_histories = self.recipe.delayed() or "DelayedScalingRequest" in requests
 
     # Properties, because a module in an attribute could not be pickled.
 
@@ -93,6 +98,9 @@ class TransformerEngineBackend(Float8Backend):
         """See :meth:`Float8Backend.own_parameters`."""
         return {"weight"} if getattr(replacement, "primary_weights_in_fp8", False) else set()
 
+    def _is_quantized(self, layer: nn.Module) -> bool:
+        return any(isinstance(value, self._te.QuantizedTensor) for value in layer.parameters(recurse=False))
+
     def convert_norm(self, layer: nn.Module, dtype: torch.dtype) -> nn.Module | None:
         """See :meth:`Float8Backend.convert_norm`.
 
@@ -114,18 +122,47 @@ class TransformerEngineBackend(Float8Backend):
 
         return fuse_chains(root, kept, self._te, self.multiple, dtype)
 
-    def forward_context(self) -> AbstractContextManager[Any]:
+    def check(self, root: nn.Module) -> None:
+        """See :meth:`Float8Backend.check`."""
+        for name, layer in self._layers_of(root).items():
+            for parameter_name, parameter in layer.named_parameters(recurse=False):
+                quantizer = getattr(parameter, "_quantizer", None)
+                kept_for = None if quantizer is None else quantizer._get_compatible_recipe()
+                if kept_for is not None and not isinstance(self.recipe, kept_for):
+                    raise ValueError(
+                        f"{name}.{parameter_name} is stored in the format of {kept_for.__name__}, with which "
+                        f"{type(self.recipe).__name__} cannot compute: use the recipe that the weights were quantised "
+                        "for, or build the model again"
+                    )
+
+    @contextmanager
+    def forward_context(self, root: nn.Module | None) -> Iterator[None]:
         """See :meth:`Float8Backend.forward_context`."""
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
         group = torch.distributed.group.WORLD if distributed else None
-        if hasattr(self._te, "autocast"):
-            context = self._te.autocast(enabled=True, recipe=self.recipe, amax_reduction_group=group)
-        else:
-            context = self._te.fp8_autocast(enabled=True, fp8_recipe=self.recipe, fp8_group=group)
-        return cast(AbstractContextManager[Any], context)
+        with ExitStack() as stack:
+            if not torch.is_grad_enabled() and root is not None:
+                layers = list(self._layers_of(root).values())
+                keeps_tensors = self._has_histories or any(map(self._is_quantized, layers))
+                if keeps_tensors and torch.is_inference_mode_enabled():
+                    stack.enter_context(no_inference_tensors())
+                if self._has_histories:
+                    stack.enter_context(unchanged_histories(layers))
+            if hasattr(self._te, "autocast"):
+                context = self._te.autocast(enabled=True, recipe=self.recipe, amax_reduction_group=group)
+            else:
+                context = self._te.fp8_autocast(enabled=True, fp8_recipe=self.recipe, fp8_group=group)
+            stack.enter_context(context)
+            yield
 
-    def objection(self, dtype: torch.dtype) -> str | None:
+    def objection(self, dtype: torch.dtype, flags: Collection[str]) -> str | None:
         """See :meth:`Float8Backend.objection`."""
+        if "quantized_weights" in flags and self._has_histories:
+            return (
+                "delayed scaling has no history yet when weights are quantised, so that small ones become 0, and a "
+                "checkpoint cannot restore the scale that a weight was quantised with: use recipe='current' with "
+                "quantized_weights=True"
+            )
         if _is(self.recipe, "nvfp4"):
             if dtype is torch.float16:
                 return "Transformer Engine's nvfp4 has no float16: use weights_dtype='bfloat16'"
@@ -146,26 +183,36 @@ class TransformerEngineBackend(Float8Backend):
             )
 
     def state_dict(self, root: nn.Module) -> dict[str, Tensor]:
-        """The layers' amax histories, in TE's own bytes; empty for all recipes but delayed scaling."""
-        if not self.recipe.delayed():
-            return {}
-        states = {name: layer.get_extra_state() for name, layer in self._layers_of(root).items()}
-        return {name: state for name, state in states.items() if state is not None and state.numel() > 0}
+        """The amax histories of delayed scaling, in TE's own bytes, and the bits of quantised weights."""
+        state = {}
+        for name, layer in self._layers_of(root).items():
+            if self._has_histories and remembers(layer) and (history := layer.get_extra_state()).numel() > 0:
+                state[name] = history
+            state |= {f"{name}.{piece}": tensor.clone() for piece, tensor in self._layers.stored_pieces(layer).items()}
+        return state
 
     def load_state_dict(self, root: nn.Module, state: dict[str, Tensor]) -> None:
-        """Restore the amax histories.
+        """Restore the amax histories and the quantised weights.
 
         Raises:
             RuntimeError: TE refuses to unpickle the histories; the message names the environment variable to set.
         """
-        if not self.recipe.delayed():
+        pieces: dict[str, Tensor] = {}
+        histories: dict[str, Any] = {}
+        for name, layer in self._layers_of(root).items():
+            pieces |= {f"{name}.{piece}": tensor for piece, tensor in self._layers.stored_pieces(layer).items()}
+            if remembers(layer):
+                histories[name] = layer
+        with torch.no_grad():
+            for name in state.keys() & pieces.keys():
+                pieces[name].copy_(state[name])
+        if not self._has_histories:
             return
-        layers = self._layers_of(root)
-        homeless = sorted(state.keys() - layers.keys())
+        homeless = sorted(state.keys() - pieces.keys() - histories.keys())
         if homeless:
             rank_zero_warn(f"The checkpoint holds FP8 scaling histories of layers that are not in FP8 now: {homeless}.")
-        for name in state.keys() & layers.keys():
-            layers[name].set_extra_state(state[name])
+        for name in state.keys() & histories.keys():
+            histories[name].set_extra_state(state[name])
 
     def _layers_of(self, root: nn.Module) -> dict[str, Any]:
         """TE's layers by the names of the modules that are, or compute through, them."""
@@ -243,7 +290,28 @@ def _multiple_of(recipe: "Recipe") -> int:
     for kind, name in (("mxfp8", "mxfp8"), ("float8_block_scaling", "block"), ("nvfp4", "nvfp4")):
         if _is(recipe, kind):
             return RECIPES[name].multiple
-    return int(getattr(recipe, "quantization_alignment", RECIPES["current"].multiple))
+    return RECIPES["current"].multiple
+
+
+def _quantizers_of(recipe: Any) -> list[Any]:
+    """What a CustomRecipe's factory makes for the three operands of a linear layer.
+
+    Its ``quantization_alignment`` says nothing of them: the default stands for the widest format that TE has.
+    """
+    roles: list[Any] = ["linear_input", "linear_weight", "linear_grad_output"]  # as TE wrote them once
+    role_class = getattr(importlib.import_module("transformer_engine.pytorch.quantization"), "QuantizerRole", None)
+    if role_class is not None:
+        roles = [role_class(module_type="linear", tensor_type=role.removeprefix("linear_")) for role in roles]
+    return [recipe.qfactory(role) for role in roles]
+
+
+def _multiple_of_quantizer(quantizer: Any) -> int:
+    """Of how many features and tokens a layer wants a multiple, if one of its operands has this quantizer."""
+    parts = [getattr(quantizer, f"{direction}_quantizer", None) for direction in ("rowwise", "columnwise")]
+    if all(part is not None for part in parts):  # one format per direction
+        return max(map(_multiple_of_quantizer, parts))
+    kinds = {"Float8BlockQuantizer": "block", "MXFP8Quantizer": "mxfp8", "NVFP4Quantizer": "nvfp4"}
+    return RECIPES[kinds.get(type(quantizer).__name__, "current")].multiple
 
 
 def _is(recipe: "Recipe", kind: str) -> bool:

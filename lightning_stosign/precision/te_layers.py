@@ -67,10 +67,13 @@ class Linear(te.Linear):
         super()._apply(fn, recurse)
         if was_meta and self.primary_weights_in_fp8 and type(self.weight) is nn.Parameter and not self.weight.is_meta:
             # From the meta device comes a plain parameter without values. Nothing is drawn for it here.
-            initial = self.param_init_meta["weight"].init_fn
-            self.param_init_meta["weight"].init_fn = init.zeros_
+            metas = self.param_init_meta.values()
+            initial = [meta.init_fn for meta in metas]
+            for meta in metas:
+                meta.init_fn = init.zeros_
             self._reset_quantized(defer_init=False)
-            self.param_init_meta["weight"].init_fn = initial
+            for meta, init_fn in zip(metas, initial, strict=True):
+                meta.init_fn = init_fn
         return self
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
@@ -119,6 +122,18 @@ def quantized_linear(make: Callable[..., Linear], initial: Tensor, device: str) 
         layer.param_init_meta["bias"].init_fn = partial(init.uniform_, a=-bound, b=bound)
     layer.register_state_dict_post_hook(_dequantize_weight)
     return layer
+
+
+def stored_pieces(layer: nn.Module) -> dict[str, Tensor]:
+    """Return the tensors that a quantised weight consists of: its bytes by rows and by columns, and their scales.
+
+    A state dict has the dequantised weight. Quantised again, it need not give the same bits: the copy by columns comes
+    from values that are gone, and a scale can differ in its last bit.
+    """
+    if not isinstance(layer, Linear) or not isinstance(layer.weight, te.QuantizedTensor):
+        return {}
+    pieces = layer.weight.get_metadata().items()
+    return {f"weight.{name}": piece for name, piece in pieces if isinstance(piece, Tensor)}
 
 
 def rms_norm_eps(norm: nn.RMSNorm) -> float:

@@ -1,4 +1,4 @@
-"""What Transformer Engine offers beyond the conversion: weights in FP8 only, and fused layers."""
+"""What Transformer Engine offers beyond the conversion: fused layers."""
 
 import copy
 from typing import Any
@@ -12,52 +12,6 @@ from torch import nn
 from lightning_stosign import StoSignConfig, StoSignMixin
 
 pytestmark = pytest.mark.filterwarnings("ignore:Float8Precision leaves these layers")
-
-
-# Weights in FP8 only
-
-
-def test_quantised_weights_start_from_the_values_of_the_model(te: Any) -> None:
-    model = net()
-    initial = copy.deepcopy(model.state_dict())
-    model.middle.requires_grad_(False)
-    state = torch.get_rng_state()
-    float8 = te_plugin(quantized_weights=True)
-    float8.convert_module(model)
-    for layer in (model.first, model.middle, model.last):
-        assert isinstance(layer.weight, te.QuantizedTensor)
-        assert isinstance(layer.weight, nn.Parameter)
-    assert torch.equal(model.first.weight.get_high_precision_init_val(), initial["first.weight"])
-    assert not model.middle.weight.requires_grad
-    assert torch.equal(torch.get_rng_state(), state)
-    torch.testing.assert_close(model.first.weight.dequantize(), initial["first.weight"], rtol=1 / 16, atol=1e-3)
-
-
-def test_a_state_dict_holds_plain_weights(te: Any) -> None:
-    model = te_plugin(quantized_weights=True).convert_module(net())
-    state = model.state_dict()
-    assert {type(value) for value in state.values()} == {torch.Tensor}
-    fresh = net(seed=7)
-    fresh.load_state_dict(state)
-    assert torch.equal(fresh.first.weight, model.first.weight.dequantize())
-    model.load_state_dict(net(seed=8).state_dict())
-    torch.testing.assert_close(model.first.weight.dequantize(), net(seed=8).first.weight.data, rtol=1 / 16, atol=1e-3)
-
-
-def test_tied_weights_are_not_quantised(te: Any) -> None:
-    model = Wrapped(embedding=nn.Embedding(32, 16), head=nn.Linear(16, 32, bias=False), other=nn.Linear(16, 16))
-    model.head.weight = model.embedding.weight
-    te_plugin(quantized_weights=True).convert_module(model)
-    assert isinstance(model.head, te.Linear)
-    assert model.head.weight is model.embedding.weight
-    assert isinstance(model.other.weight, te.QuantizedTensor)
-
-
-def test_quantised_weights_on_meta_stay_there(te: Any) -> None:
-    with torch.device("meta"):
-        model = Net()
-    te_plugin(quantized_weights=True).convert_module(model)
-    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
 
 
 # Fused layers

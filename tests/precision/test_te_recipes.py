@@ -6,6 +6,7 @@ import pytest
 import te_cpu
 import torch
 from float8_models import batches, net, te_plugin, trainer
+from torch import nn
 
 from lightning_stosign.precision import Float8Precision
 from lightning_stosign.precision.te_backend import TransformerEngineBackend
@@ -220,3 +221,48 @@ def test_a_recipe_object_of_te_is_refused_by_torchao(recipes: Any) -> None:
         TypeError, match=r"recipe must be one of .* for backend='torchao', got .* of type DelayedScaling"
     ):
         Float8Precision(recipes.DelayedScaling(), backend="torchao")
+
+
+# Recipes whose formats a factory chooses
+
+
+@pytest.mark.parametrize(
+    ("factory", "capability", "multiple"),
+    [
+        ("current_scaling_factory", te_cpu.H100, 16),
+        ("float8_block_scaling_factory", te_cpu.H100, 128),
+        ("mxfp8_factory", te_cpu.B200, 32),
+        ("delayed_scaling_factory", te_cpu.H100, 16),
+    ],
+)
+def test_a_custom_recipe_converts_what_its_formats_take(
+    te: Any, on_gpu: Any, recipes: Any, factory: str, capability: tuple, multiple: int
+) -> None:
+    on_gpu(capability)
+    factories = importlib.import_module("transformer_engine.pytorch.custom_recipes.quantizer_factories")
+    recipe = recipes.CustomRecipe(qfactory=getattr(factories, factory))
+    plugin = te_plugin(recipe=recipe, weights_dtype="bfloat16")
+    model = nn.ModuleDict({"fits": nn.Linear(multiple, 2 * multiple), "not": nn.Linear(multiple // 2, multiple)})
+    with pytest.warns(UserWarning, match=f"multiples of {multiple}: not "):
+        plugin.convert_module(model)
+    assert isinstance(model["fits"], te.Linear)
+    inputs = torch.randn(5, multiple, dtype=torch.bfloat16, requires_grad=True)
+    with plugin.forward_context():
+        output = model["fits"](inputs)
+    output.sum().backward()
+    truth = torch.nn.functional.linear(inputs, model["fits"].weight, model["fits"].bias)
+    assert 0 < (output - truth).norm() <= 0.1 * truth.norm()
+
+
+def test_a_custom_recipe_with_one_format_per_direction_takes_what_both_take(te: Any, recipes: Any) -> None:
+    from transformer_engine.pytorch.constants import DType
+
+    e4m3 = DType.kFloat8E4M3
+
+    def factory(role: Any) -> Any:
+        return te.HybridQuantizer(
+            rowwise_quantizer=te.Float8CurrentScalingQuantizer(e4m3, device=torch.device("cpu")),
+            columnwise_quantizer=te.MXFP8Quantizer(e4m3),
+        )
+
+    assert te_plugin(recipe=recipes.CustomRecipe(qfactory=factory))._backend.multiple == 32

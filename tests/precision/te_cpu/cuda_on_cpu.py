@@ -10,6 +10,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
+from torch.utils._device import _device_constructors
 
 answers = SimpleNamespace(capability=(9, 0), installed=False)
 
@@ -29,7 +30,7 @@ def install(capability: tuple[int, int]) -> None:
     if answers.installed:
         return
     answers.installed = True
-    torch.utils._device._device_constructors()  # `torch.device("meta")` as a context knows torch's own functions
+    _device_constructors()  # `torch.device("meta")` as a context knows torch's own functions
     for name in _FACTORIES:
         setattr(torch, name, _on_cpu(getattr(torch, name)))
     for name in _METHODS:
@@ -97,9 +98,16 @@ def _on_cpu(function: Callable[..., Any]) -> Callable[..., Any]:
             kwargs["device"] = torch.device("cpu")
         if function.__name__ == "to" and len(args) > 1 and _is_cuda(args[1]):
             args = (args[0], torch.device("cpu"), *args[2:])
+        if function.__name__ == "to" and _stays(*args, **kwargs):
+            return args[0]  # a tensor of TE's would be copied
         return function(*args, **kwargs)
 
     return called
+
+
+def _stays(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> bool:
+    """Whether ``tensor.to`` is asked for the device alone, and the tensor is there."""
+    return [*args, *kwargs.values()] == [torch.device("cpu")] and tensor.device.type == "cpu"
 
 
 class _Absent:
