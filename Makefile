@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 WORKERS := --numprocesses auto --maxprocesses 4 --dist loadfile
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-te test-slow test-gpu lint format clean
+.PHONY: demo test test-te test-slow test-gpu lint format docs dist clean
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/demo.py
@@ -34,8 +34,23 @@ format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# Nothing is downloaded but the tools; a warning is an error.
+docs: $(INSTALLED)
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt --editable '.[docs]'
+	$(BIN)/python -m sphinx -W --keep-going -b html docs docs/_build/html
+
+# The distributions, and a smoke test of the wheel in an environment of its own.
+dist: $(INSTALLED)
+	rm -rf dist $(VENV)-dist
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt build
+	$(BIN)/python -m build --outdir dist
+	$(PYTHON) -m venv $(VENV)-dist
+	$(VENV)-dist/bin/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt torch
+	$(VENV)-dist/bin/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt "$$(ls dist/*.whl)[dashboard]"
+	cd dist && ../$(VENV)-dist/bin/python ../tests/smoke.py
+
 clean:
-	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-dist dist docs/_build docs/gallery runs .pytest_cache .mypy_cache .ruff_cache
 
 # torch goes first: the version pinned in constraints.txt, before any other package asks for a newer one.
 $(INSTALLED): pyproject.toml constraints.txt

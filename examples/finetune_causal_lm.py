@@ -1,4 +1,9 @@
-"""Fine-tune a Hugging Face causal language model on instructions, with StoSignSGD and with AdamW.
+"""Fine-tune a causal language model
+=================================
+
+Fine-tune a Hugging Face causal language model on instructions, with StoSignSGD and with AdamW.
+
+.. code-block:: bash
 
     python examples/finetune_causal_lm.py                                  # a tiny random model on bytes: a minute
     python examples/finetune_causal_lm.py --model PATH                     # a model and its tokenizer from a folder

@@ -1,4 +1,9 @@
-"""What a format must hold: the magnitudes of the momentum, and of what divides it, at the end of a training run.
+"""The magnitudes of optimizer states
+==================================
+
+What a format must hold: the magnitudes of the momentum, and of what divides it, at the end of a training run.
+
+.. code-block:: bash
 
     python examples/momentum_distribution.py
     python examples/momentum_distribution.py --steps 50

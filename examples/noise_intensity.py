@@ -1,13 +1,18 @@
-"""How much noise a sign adds: noise intensity and update size of AdamW and StoSignSGD on a small GPT.
+"""How much of a sign is noise
+===========================
+
+How much noise a sign adds: noise intensity and update size of AdamW and StoSignSGD on a small GPT.
+
+.. code-block:: bash
 
     python examples/noise_intensity.py
     python examples/noise_intensity.py --steps 50
 
 An optimizer's update u, in [-1, 1], becomes the sign method sign(u + n) with n uniform in [-1, 1] (SignConverted). Its
-noise has the variance 1 - u^2, and the step goes the wrong way with probability (1 - |u|) / 2. Shown over the steps,
-for each kind of parameter, are the RMS of sqrt(1 - u^2) and the mean of 1 - |u| (arXiv 2604.15416, Figure 4), and the
-RMS of u itself, which for AdamW is known to be about 0.2. Updates are small almost everywhere, so a single sign is
-nearly all noise: what counts is the mean over many steps.
+noise has the variance 1 - u^2, and the step goes the wrong way with probability ``(1 - |u|) / 2``. Shown over the
+steps, for each kind of parameter, are the RMS of sqrt(1 - u^2) and the mean of ``1 - |u|`` (arXiv 2604.15416, Figure
+4), and the RMS of u itself, which for AdamW is known to be about 0.2. Updates are small almost everywhere, so a single
+sign is nearly all noise: what counts is the mean over many steps.
 
 The optimizers train in their in-expectation form, that is, without the noise, which is the optimizer itself.
 """

@@ -1,16 +1,21 @@
-"""Where SignSGD must fail and StoSignSGD does not: a convex function with kinks, f(x) = |x1 + x2| + 2 |x1 - x2|.
+"""SignSGD fails, StoSignSGD converges
+===================================
+
+Where SignSGD must fail and StoSignSGD does not: a convex function with kinks, ``f(x) = |x1 + x2| + 2 |x1 - x2|``.
+
+.. code-block:: bash
 
     python examples/nonsmooth_convex.py
     python examples/nonsmooth_convex.py --steps 10000
 
-Why SignSGD fails: a subgradient of f is a (1, 1) + b (1, -1) with |a| <= 1 and b = -2 or 2. The second term is the
+Why SignSGD fails: a subgradient of f is a (1, 1) + b (1, -1) with ``|a| <= 1`` and b = -2 or 2. The second term is the
 larger one in both coordinates, so the sign of the gradient is (1, -1) or (-1, 1), whatever x1 + x2 is: SignSGD only
-ever moves along (1, -1), x1 + x2 stays what it was at the start, and f - f* >= |x1 + x2| for good, for any step sizes.
-The random sign of StoSignSGD has the mean g / G, which does not forget the smaller term.
+ever moves along (1, -1), x1 + x2 stays what it was at the start, and ``f - f* >= |x1 + x2|`` for good, for any step
+sizes. The random sign of StoSignSGD has the mean g / G, which does not forget the smaller term.
 
 From 20 random starts in X = [-1, 1]^2 each method takes steps of size D / sqrt(2 t), D = 2 the diameter of X, and is
 projected onto X (arXiv 2604.15416, Algorithm 1). Theorem 4 bounds the expected error of StoSignSGD's averaged iterate
-by sqrt(2) D |L|_1 / sqrt(T), where L = (3, 3) are the coordinates' Lipschitz constants. The figure (the paper's
+by ``sqrt(2) D |L|_1 / sqrt(T)``, where L = (3, 3) are the coordinates' Lipschitz constants. The figure (the paper's
 Figure 1) shows trajectories and errors, and the bound.
 """
 

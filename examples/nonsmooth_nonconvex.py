@@ -1,4 +1,9 @@
-"""A guarantee where gradients never get small: online-to-non-convex conversion on a ReLU network.
+"""Non-smooth and non-convex: OnlineToNonconvex
+============================================
+
+A guarantee where gradients never get small: online-to-non-convex conversion on a ReLU network.
+
+.. code-block:: bash
 
     python examples/nonsmooth_nonconvex.py
     python examples/nonsmooth_nonconvex.py --budgets "[1000, 10000]"

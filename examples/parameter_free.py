@@ -1,4 +1,9 @@
-"""ALIAS finds its step size by itself: is that as good as SignSGD with the best of a grid of step sizes?
+"""No learning rate: ALIAS
+=======================
+
+ALIAS finds its step size by itself: is that as good as SignSGD with the best of a grid of step sizes?
+
+.. code-block:: bash
 
     python examples/parameter_free.py logistic     # logistic regression, full gradients and mini-batches: five minutes
     python examples/parameter_free.py gpt          # the examples' GPT: five minutes of one core

@@ -1,4 +1,9 @@
-"""ResNet-18 on images with StoSignSGD and what it is compared with (arXiv 2604.15416, Figure 5).
+"""ResNet-18 on images
+===================
+
+ResNet-18 on images with StoSignSGD and what it is compared with (arXiv 2604.15416, Figure 5).
+
+.. code-block:: bash
 
     python examples/resnet_images.py                                             # scikit-learn's digits: a minute
     python examples/resnet_images.py --data cifar-10-batches-py --width 64 --epochs 100 --batch_size 128   # CIFAR-10

@@ -1,4 +1,9 @@
-"""When the sign wins: under noise in one coordinate SGD needs steps in proportion to the dimension, SignSGD does not.
+"""Noise in one coordinate
+=======================
+
+When the sign wins: under noise in one coordinate SGD needs steps in proportion to the dimension, SignSGD does not.
+
+.. code-block:: bash
 
     python examples/sparse_noise.py
     python examples/sparse_noise.py --dims "[10, 30, 100]"
@@ -9,8 +14,8 @@ the d - 1 flat coordinates wait for it. A sign moves them as fast as the sharp o
 nothing of this.) In the matrix form the h_i belong to singular directions, hidden by two random rotations: there
 Muon, the sign of the singular values, does what SignSGD does for coordinates.
 
-Counted: the steps until the mean of |grad f|_1 over the last half of them is at most 0.1, in the median over seeds, at
-the best constant step size of a log grid. For the matrix form it is the nuclear norm. Theory: arXiv 2605.06615.
+Counted: the steps until the mean of ``|grad f|_1`` over the last half of them is at most 0.1, in the median over seeds,
+at the best constant step size of a log grid. For the matrix form it is the nuclear norm. Theory: arXiv 2605.06615.
 """
 
 import math

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from lightning_stosign.precision import Float8Precision
     from lightning_stosign.strategies import SignDDPStrategy
 
+__version__ = "0.1.0"
+
 __all__ = [
     "ALIAS",
     "Float8Precision",
