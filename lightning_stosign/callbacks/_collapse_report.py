@@ -71,7 +71,8 @@ def smallest_number(precision: StatePrecision, degree: int, largest: float) -> f
         0.001953125
     """
     if precision.is_fp4:
-        stored = as_stored(torch.tensor([largest]), precision).item()  # as 6 times the scale of its block
+        value = torch.tensor([largest], dtype=torch.float32, device="cpu")
+        stored = as_stored(value, precision).item()  # as 6 times the scale of its block
         return 0.5 * stored / E2M1_MAX
     info = torch.finfo(precision.dtype)
     smallest = info.smallest_normal * info.eps

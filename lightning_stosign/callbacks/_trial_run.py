@@ -86,7 +86,7 @@ class TrialRun:
         return loss
 
     def _grads_are_finite(self) -> bool:
-        zero = torch.zeros(())
+        zero = torch.zeros((), dtype=torch.float32, device=self._params[0].device)
         parts = [
             Part(param, (zero if param.grad is None else local_grad(param).abs().sum(),), zero)
             for param in self._params
@@ -96,7 +96,7 @@ class TrialRun:
 
 def _part(param: Tensor, before: Tensor, grad_before: Tensor | None) -> Part:
     """Return ||g_t - g_{t-1}||_1 and ||x_t - x_{t-1}||_inf of one parameter."""
-    zero = torch.zeros((), device=param.device)
+    zero = torch.zeros((), dtype=torch.float32, device=param.device)
     if before.numel() == 0:
         return Part(param, (zero,), zero)
     difference = zero

@@ -92,7 +92,7 @@ def _zero_shares(values: list[tuple[Tensor, Layout]]) -> Tensor:
         mine = zeros[places]
         all_reduce(mine, group=group)
         zeros[places] = mine
-    sizes = torch.tensor([max(layout.numel, 1) for _, layout in values], dtype=torch.float32)
+    sizes = torch.tensor([max(layout.numel, 1) for _, layout in values], dtype=torch.float32, device="cpu")
     return zeros / sizes.to(device, non_blocking=True)
 
 

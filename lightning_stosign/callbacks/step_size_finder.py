@@ -269,7 +269,8 @@ def find_step_size(
 
 def _falls(at_start: list[float], losses: list[float]) -> list[float]:
     """Return f(x_0) - f(x_t) along a trial, each a mean over a tenth of it."""
-    falls = torch.tensor(at_start, dtype=torch.float64) - torch.tensor(losses, dtype=torch.float64)
+    before, after = (torch.tensor(values, dtype=torch.float64, device="cpu") for values in (at_start, losses))
+    falls = before - after
     windows: list[float] = falls.unfold(0, max(1, len(falls) // 10), 1).mean(1).tolist()
     return windows
 

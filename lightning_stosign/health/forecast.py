@@ -201,7 +201,7 @@ def forecasts_rounds(
 def _over_ranks(own: Sequence[list[Tensor]]) -> Rounds[Sequence[Tensor]]:
     """Ask for the maxima over the ranks, if there are any."""
     numbers = [number for maxima in own for number in maxima]
-    together = (yield torch.stack(numbers).float()) if numbers else torch.zeros(0)
+    together = (yield torch.stack(numbers).float()) if numbers else torch.zeros(0, dtype=torch.float32, device="cpu")
     return together.split([len(maxima) for maxima in own])
 
 

@@ -78,7 +78,7 @@ def log10_quantiles(counts: Tensor, quantiles: Sequence[float]) -> Tensor:
 def quantiles_of_cumulative(cumulative: Tensor, quantiles: Sequence[float]) -> Tensor:
     """Return :func:`log10_quantiles` from the cumulative sum of the counts."""
     total = cumulative[-1]
-    wanted = (torch.tensor(list(quantiles), dtype=torch.float64).to(total.device) * total).ceil().clamp(min=1.0)
+    wanted = (torch.tensor(list(quantiles), dtype=torch.float64, device=total.device) * total).ceil().clamp(min=1.0)
     index = torch.searchsorted(cumulative, wanted.to(cumulative.dtype)).clamp(max=MAGNITUDE_BINS - 1)
     return torch.where(total > 0, magnitude_of_bin(index).double().log10(), torch.nan)
 
@@ -129,6 +129,6 @@ def log10_bin_edges() -> Tensor:
 @lru_cache(maxsize=8)
 def _edge_bins(device: torch.device) -> Tensor:
     """Return the magnitude bins at which the histogram's bins begin, and the end of the last."""
-    decades = torch.arange(_FIRST_EDGE, _LAST_EDGE, 0.25, dtype=torch.float64)
+    decades = torch.arange(_FIRST_EDGE, _LAST_EDGE, 0.25, dtype=torch.float64, device="cpu")
     bins = (10.0**decades).float().view(torch.int32).bitwise_right_shift(16).long()
     return torch.cat([bins.new_tensor([0]), bins, bins.new_tensor([MAGNITUDE_BINS])]).to(device)

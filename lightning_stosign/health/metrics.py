@@ -46,7 +46,9 @@ class _Sums(Metric):
         if not isinstance(replicated, bool):
             raise TypeError(f"replicated={replicated!r} must be a bool")
         self.replicated = replicated
-        self.add_state("sums", default=torch.zeros(2, size, dtype=torch.float64), dist_reduce_fx=_over_ranks)
+        self.add_state(
+            "sums", default=torch.zeros(2, size, dtype=torch.float64, device="cpu"), dist_reduce_fx=_over_ranks
+        )
 
     def _add(self, value: Tensor, layout: Layout, *sums: Tensor) -> None:
         """Add what was found in this rank's part of ``value``; of a DTensor what all its shards have together."""
@@ -153,7 +155,7 @@ class AbsMax(Metric):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.add_state("largest", default=torch.tensor(0.0, dtype=torch.float64), dist_reduce_fx="max")
+        self.add_state("largest", default=torch.tensor(0.0, dtype=torch.float64, device="cpu"), dist_reduce_fx="max")
 
     def update(self, value: Tensor) -> None:
         """Add a state: floating point, any shape."""

@@ -266,7 +266,7 @@ class Snapshot:
 
         values = torch.stack([on_device(tally.value) for *_, tally in tallies])
         weights = torch.stack([on_device(tally.weight) for *_, tally in tallies])
-        is_max = torch.tensor([tally.kind.startswith("max") for *_, tally in tallies]).to(device)
+        is_max = torch.tensor([tally.kind.startswith("max") for *_, tally in tallies], device=device)
         sums = torch.cat(
             [
                 torch.where(is_max, values.isnan().to(dtype), values),

@@ -149,8 +149,8 @@ class L1Stationarity(Metric):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.add_state("total", default=torch.tensor(0.0), dist_reduce_fx="sum")
-        self.add_state("count", default=torch.tensor(0), dist_reduce_fx="sum")
+        self.add_state("total", default=torch.tensor(0.0, dtype=torch.float32, device="cpu"), dist_reduce_fx="sum")
+        self.add_state("count", default=torch.tensor(0, device="cpu"), dist_reduce_fx="sum")
 
     def update(self, gradient: Vector) -> None:
         """Add a gradient: one tensor, or those of all parameters (which are taken as one vector)."""

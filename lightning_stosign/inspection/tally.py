@@ -32,7 +32,7 @@ class StateTally:
     largest: float = 0.0
     square_sum: float = 0.0
     lost: dict[str, int] = field(default_factory=dict)
-    log10_counts: Tensor = field(default_factory=lambda: torch.zeros(_BINS, dtype=torch.int64))
+    log10_counts: Tensor = field(default_factory=lambda: torch.zeros(_BINS, dtype=torch.int64, device="cpu"))
 
     @classmethod
     def of(cls, value: Tensor, formats: Iterable[str], degree: int) -> "StateTally":

@@ -108,7 +108,7 @@ class StrictOptimizer(Optimizer, ABC):
 
     def _are_finite(self, updates: Updates, nonfinite: Sequence[bool]) -> bool:
         """Return the same, knowing for each update whether this process's part of its gradient is not finite."""
-        flags = torch.tensor(nonfinite, dtype=torch.float32)
+        flags = torch.tensor(nonfinite, dtype=torch.float32, device="cpu")
         max_over_shards((param, flag) for (_, param, _), flag in zip(updates, flags.unbind(), strict=True))
         offending = [(param, group) for (_, param, group), flag in zip(updates, flags.tolist(), strict=True) if flag]
         if offending:

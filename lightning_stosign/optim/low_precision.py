@@ -58,7 +58,7 @@ class LowPrecisionOptimizer(VotedSteps):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         for values in self.state.values():  # a count that was saved as a plain number
-            values["step"] = torch.as_tensor(values["step"], dtype=torch.int64)
+            values["step"] = torch.as_tensor(values["step"], dtype=torch.int64, device="cpu")
 
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
@@ -166,7 +166,7 @@ class LowPrecisionOptimizer(VotedSteps):
         spec = specs[key]
         if "step" not in state:
             # int64: exact beyond float32's 2**24 steps. On the CPU, where reading it costs no synchronisation.
-            state["step"] = torch.zeros((), dtype=torch.int64)
+            state["step"] = torch.zeros((), dtype=torch.int64, device="cpu")
         for name in spec.rule.states:  # one by one: a momentum can be switched on in the middle of a run
             if name not in state:
                 init_state(state, name, param, precision)

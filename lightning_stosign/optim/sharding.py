@@ -47,7 +47,7 @@ class Shard:
                 indices[dim] = index[:1]
             if not consecutive or index.numel() < size:
                 break
-        starts = torch.zeros(1, dtype=torch.int64)
+        starts = torch.zeros(1, dtype=torch.int64, device="cpu")
         stride = 1
         for index, size in zip(reversed(indices), reversed(shape), strict=True):
             starts = (index.unsqueeze(1) * stride + starts).flatten()
@@ -56,7 +56,7 @@ class Shard:
 
     def index(self, first: int, count: int) -> Tensor:
         """Return the row-major indices in the whole of values ``first`` to ``first + count``: int64 on the CPU."""
-        position = torch.arange(first, first + count)
+        position = torch.arange(first, first + count, device="cpu")
         return self.starts[position // self.run] + position % self.run
 
     def wrap(self, local: Tensor, param: DTensor) -> DTensor:
@@ -125,5 +125,5 @@ def _local_indices(shape: Sequence[int], dim: int, mesh: DeviceMesh, placements:
     """Return which indices along one dimension of the parameter this process holds: int64 on the CPU."""
     # Indices spread as the values are, along this dimension alone: torch's own rules for uneven and nested shards.
     along = [placement if getattr(placement, "dim", None) == dim else Replicate() for placement in placements]
-    index = torch.arange(shape[dim]).view([-1 if i == dim else 1 for i in range(len(shape))])
+    index = torch.arange(shape[dim], device="cpu").view([-1 if i == dim else 1 for i in range(len(shape))])
     return distribute_tensor(index, mesh, along, src_data_rank=None).to_local().flatten().cpu()

@@ -70,10 +70,10 @@ class VotedSteps(StrictOptimizer):
         groups = [(param, group) for group in self.param_groups for param in group["params"]]
         if not groups:
             return []
-        flags = torch.zeros((2, len(groups)), dtype=torch.uint8)
+        flags = torch.zeros((2, len(groups)), dtype=torch.uint8, device="cpu")
         broken = nonfinite([param.grad for _, param, _ in updates if param.grad is not None])
         for (index, _, _), is_broken in zip(updates, broken, strict=True):
-            flags[:, index] = torch.tensor([1, is_broken], dtype=torch.uint8)
+            flags[:, index] = torch.tensor([1, is_broken], dtype=torch.uint8, device="cpu")
         takes_part, broken = ballot.agree(flags.to(groups[0][0].device)).tolist()
         offending = [groups[index] for index, is_broken in enumerate(broken) if is_broken]
         if offending:

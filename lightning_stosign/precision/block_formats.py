@@ -133,9 +133,9 @@ def _nv_scales(amax: Tensor) -> Tensor:
 
 
 def _rotation(size: int, device: torch.device) -> Tensor:
-    matrix = torch.ones(1, 1, device=device)
+    matrix = torch.ones(1, 1, dtype=torch.float32, device=device)
     while matrix.shape[0] < size:
         matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
     index = torch.arange(size, dtype=torch.int32, device=device)
-    signs = 1.0 - 2.0 * (hash_bits(index, torch.zeros_like(index), torch.ones_like(index)) & 1)
+    signs = 1 - 2 * (hash_bits(index, torch.zeros_like(index), torch.ones_like(index)) & 1).to(torch.float32)
     return signs[:, None] * matrix / math.sqrt(size)

@@ -164,4 +164,4 @@ def _drop_extra_state(layer: nn.Module, state_dict: MutableMapping[str, Any], pr
 
 def _add_empty_extra_state(layer: nn.Module, state_dict: MutableMapping[str, Any], prefix: str, *report: Any) -> None:
     # An empty state is TE's own way to say that there is nothing to restore.
-    state_dict.setdefault(f"{prefix}_extra_state", torch.empty(0, dtype=torch.uint8))
+    state_dict.setdefault(f"{prefix}_extra_state", torch.empty(0, dtype=torch.uint8, device="cpu"))

@@ -73,7 +73,7 @@ class SignExchange:
         self._residuals: dict[str, Tensor] | None = {} if error_feedback else None
         self._warmup_steps = warmup_steps
         self._bytes_before = 0
-        self._scratch = torch.empty(0)
+        self._scratch = torch.empty(0, device="cpu")
         self._launcher: Launcher | None = None
 
     @property

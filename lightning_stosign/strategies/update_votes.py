@@ -163,7 +163,7 @@ class UpdateBucket:
             by_majority=ballot.by_majority,
             watch=ballot.watch,
         )
-        self._votes = torch.empty(0)
+        self._votes = torch.empty(0, device="cpu")
         self._future: Future[Tensor] | None = None
 
     def direction(self, entry: Entry) -> Tensor:

@@ -293,7 +293,7 @@ class ALIAS(StrictOptimizer):
         beta1, beta2, step = group["momentum"], group["beta2"], self.param_groups[0]["estimates"]["step"]
         self._init_state(state, param, group)
         # The optimizer's step that moved the parameter last. On the CPU, where reading it costs no synchronisation.
-        state["step"] = torch.tensor(step, dtype=torch.int64)
+        state["step"] = torch.tensor(step, dtype=torch.int64, device="cpu")
         if not group["same_batch"]:
             local(state["prev_grad"]).copy_(grad)
         if beta2 is not None:

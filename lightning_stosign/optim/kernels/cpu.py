@@ -96,7 +96,7 @@ def update(jobs: Sequence[Job], new_scales: Mapping[int, Tensor]) -> None:
 def largest(jobs: Sequence[Job]) -> Tensor:
     """Run :meth:`UpdateSpec.largest` on jobs of a kind, as above: float32 ``[jobs, states]``."""
     counts = [len(_segments(job)) for job in jobs]
-    found = torch.zeros(sum(counts), len(_STATES))
+    found = torch.zeros(sum(counts), len(_STATES), dtype=torch.float32, device="cpu")
     _call("largest", jobs, [_contiguous(job) for job in jobs], {}, found.data_ptr())
     return torch.stack([of_job.amax(dim=0) for of_job in found.split(counts)])[:, : len(jobs[0].spec.rule.states)]
 

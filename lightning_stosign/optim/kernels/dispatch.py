@@ -182,9 +182,9 @@ def _gather(tensors: Sequence[Tensor], padding: Sequence[int]) -> Tensor:
 @lru_cache(maxsize=64)
 def _batch_layout(sizes: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
     """Return each row's parameter and the Weyl sequence at its first element."""
-    rows = torch.tensor([-(-size // ROW) for size in sizes])
-    owner = torch.repeat_interleave(torch.arange(len(sizes)), rows).to(device)
-    sequence = torch.cat([weyl_sequence(int(count), step=ROW) for count in rows]).to(device)
+    rows = torch.tensor([-(-size // ROW) for size in sizes], device="cpu")
+    owner = torch.repeat_interleave(torch.arange(len(sizes), device="cpu"), rows).to(device)
+    sequence = torch.cat([weyl_sequence(int(count), step=ROW, device=torch.device("cpu")) for count in rows]).to(device)
     return owner, sequence
 
 

@@ -118,7 +118,7 @@ def store_fp4(
     scaled = blocks / (scales.float() * tensor_scale).unsqueeze(1)
     if rounding == "up":
         # What is too small for float32 beside the largest is not 0 either.
-        rounded = round_e2m1_up(scaled.clamp_(min=_TINY * (blocks > 0)))
+        rounded = round_e2m1_up(scaled.clamp_(min=_TINY * (blocks > 0).to(blocks.dtype)))
     elif fraction is not None:
         rounded = round_e2m1_stochastically(scaled, fraction)
     else:
@@ -136,7 +136,7 @@ _TINY = torch.finfo(torch.float32).tiny
 
 def _spacing(magnitude: Tensor) -> Tensor:
     """Return how far apart the numbers are: 1/2, 1 and 2 from 0, 2 and 4 on."""
-    return 0.5 + 0.5 * (magnitude >= 2) + (magnitude >= 4)
+    return 0.5 + 0.5 * (magnitude >= 2).to(magnitude.dtype) + (magnitude >= 4)
 
 
 def _pack(values: Tensor) -> Tensor:
@@ -154,7 +154,7 @@ def _unpack(stored: Tensor) -> Tensor:
 @lru_cache(maxsize=8)
 def _pairs(device: torch.device) -> Tensor:
     """Return the two values of each byte, ``[256, 2]``."""
-    magnitudes = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
+    magnitudes = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0], dtype=torch.float32, device=device)
     values = torch.cat([magnitudes, -magnitudes])
-    byte = torch.arange(256)
-    return torch.stack([values[byte & 15], values[byte >> 4]], dim=1).to(device)
+    byte = torch.arange(256, device=device)
+    return torch.stack([values[byte & 15], values[byte >> 4]], dim=1)

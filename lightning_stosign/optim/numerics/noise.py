@@ -63,7 +63,7 @@ def _key_of_step(seed: int, step: int) -> int:
     return _splitmix64(_splitmix64(seed & _MASK64) ^ (step & _MASK64))
 
 
-def uniform_noise(key: int, numel: int, *, start: int = 0, device: torch.device | str | None = None) -> Tensor:
+def uniform_noise(key: int, numel: int, *, start: int = 0, device: torch.device | str = "cpu") -> Tensor:
     """Return elements ``start`` to ``start + numel`` of the noise ``n ~ Unif(-1, 1)`` that belongs to ``key``.
 
     Each value is an odd multiple of 2**-24: exact in float32, symmetric about 0, never 0 and never -1 or 1. Hence
@@ -91,7 +91,7 @@ def uniform_noise(key: int, numel: int, *, start: int = 0, device: torch.device 
     return noise
 
 
-def uniform_fraction(key: int, numel: int, *, start: int = 0, device: torch.device | str | None = None) -> Tensor:
+def uniform_fraction(key: int, numel: int, *, start: int = 0, device: torch.device | str = "cpu") -> Tensor:
     """Return elements ``start`` to ``start + numel`` of ``r ~ Unif[0, 1)`` that belong to ``key``, for rounding.
 
     Each value is a multiple of 2**-24, exact in float32. Arguments as in :func:`uniform_noise`.
@@ -106,7 +106,7 @@ def uniform_fraction(key: int, numel: int, *, start: int = 0, device: torch.devi
     return fraction
 
 
-def fair_coins(key: int, numel: int, *, start: int = 0, device: torch.device | str | None = None) -> Tensor:
+def fair_coins(key: int, numel: int, *, start: int = 0, device: torch.device | str = "cpu") -> Tensor:
     """Return coins ``start`` to ``start + numel`` of ``key``: one side is 0 and more, the other less. Four of a hash.
 
     Arguments as in :func:`uniform_noise`.
@@ -135,7 +135,7 @@ def hash_words(key: int, start: int = 0) -> tuple[int, int]:
     return signed32((low + key) * _WEYL), signed32(key >> 32)
 
 
-def weyl_sequence(numel: int, *, step: int = 1, device: torch.device | None = None) -> Tensor:
+def weyl_sequence(numel: int, *, step: int = 1, device: torch.device | str = "cpu") -> Tensor:
     """Return the Weyl sequence of elements 0, ``step``, 2 * ``step``, ...: an int32 tensor of shape ``[numel]``."""
     return (torch.arange(0, step * numel, step, dtype=torch.int64, device=device) * signed32(_WEYL)).to(torch.int32)
 
@@ -198,7 +198,7 @@ def _hashed_chunks(key: int, numel: int, start: int, device: torch.device) -> It
 @lru_cache(maxsize=64)
 def _scalar(number: int) -> Tensor:
     """Return an operand for int32 tensors on any device: torch would make a 64-bit one of a number, and convert it."""
-    return torch.tensor(number, dtype=torch.int32)
+    return torch.tensor(number, dtype=torch.int32, device="cpu")
 
 
 def _splitmix64(x: int) -> int:

@@ -182,12 +182,12 @@ def init_state(state: dict[str, Any], name: str, param: Tensor, precision: State
 
 def _init_packed(state: dict[str, Any], name: str, param: Tensor, block_size: int) -> None:
     blocks, device = -(-param.numel() // block_size), param.device
-    one = torch.ones((), device=device)
+    one = torch.ones((), dtype=torch.float32, device=device)
     state[name] = torch.zeros(blocks * block_size // 2, dtype=torch.uint8, device=device)
-    state[name + SCALE_SUFFIX] = fp4_block_scales(torch.zeros(blocks, device=device), one)
+    state[name + SCALE_SUFFIX] = fp4_block_scales(torch.zeros(blocks, dtype=torch.float32, device=device), one)
     state[name + TENSOR_SCALE_SUFFIX] = one
     # On the CPU, where reading it costs no synchronisation.
-    state[name + SHAPE_SUFFIX] = torch.tensor(tuple(param.shape), dtype=torch.int64)
+    state[name + SHAPE_SUFFIX] = torch.tensor(tuple(param.shape), dtype=torch.int64, device="cpu")
 
 
 def largest_number(precision: StatePrecision) -> float:

@@ -40,11 +40,12 @@ def refuse_unless_convertible(
 def _refuse(
     factory: BaseFactory, options: dict[str, Any], shape: list[int], device: torch.device, normalised: bool
 ) -> None:
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
     # With a mean, so that parameters leave their start: learning-rate-free methods go by how far they have got.
-    mean = torch.randn(shape, generator=generator)
-    grads = (mean + 0.5 * torch.randn(_STEPS, *shape, generator=generator)).to(device)
-    start = torch.randn(shape, generator=generator).to(device)
+    on_cpu: Any = {"generator": generator, "dtype": torch.float32, "device": "cpu"}
+    mean = torch.randn(shape, **on_cpu)
+    grads = (mean + 0.5 * torch.randn(_STEPS, *shape, **on_cpu)).to(device)
+    start = torch.randn(shape, **on_cpu).to(device)
     updates = _updates(factory, options, grads)
     name = type(build_base(factory, {"params": [torch.nn.Parameter(start)], **options})).__name__
     largest = updates.abs().max()

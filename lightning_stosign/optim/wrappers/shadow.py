@@ -75,7 +75,7 @@ class ShadowOptimizer(StrictOptimizer):
                 state = self.state[param]
                 # Set only now: to a base that initialises empty states, this one must have looked empty.
                 if OUTER_STEP not in state:
-                    state[OUTER_STEP] = torch.zeros((), dtype=torch.int64)
+                    state[OUTER_STEP] = torch.zeros((), dtype=torch.int64, device="cpu")
                 state[OUTER_STEP] += 1
                 self._step_param(index, param, shadows[param], state, group)
         return loss
