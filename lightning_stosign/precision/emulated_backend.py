@@ -117,7 +117,9 @@ class EmulatedLinear(nn.Linear):
             input = input.to(torch.get_autocast_dtype(input.device.type))
         with torch.autocast(input.device.type, enabled=False):
             output = cast(Tensor, _RoundedProduct.apply(input, self.weight, self.rounding))
-        return output if self.bias is None else output + self.bias.to(output.dtype)
+            if self.bias is not None:
+                output = output + self.bias.float()  # before the sum is rounded, as the hardware does
+            return output.to(input.dtype)
 
     def extra_repr(self) -> str:
         """See torch."""
@@ -125,7 +127,7 @@ class EmulatedLinear(nn.Linear):
 
 
 class _RoundedProduct(torch.autograd.Function):
-    """``q(x) @ q(w).T``, and its gradients from rounded operands."""
+    """``q(x) @ q(w).T`` in float32, and its gradients from rounded operands."""
 
     @staticmethod
     def forward(ctx: Any, input: Tensor, weight: Tensor, rounding: EmulatedRecipe) -> Tensor:
@@ -133,7 +135,7 @@ class _RoundedProduct(torch.autograd.Function):
         ctx.rounding = rounding
         x = round_blocks(_matrix(input), rounding.format)
         w = round_blocks(weight.float(), rounding.format, square=rounding.square_weight)
-        return (x @ w.t()).to(input.dtype).view(*input.shape[:-1], weight.shape[0])
+        return (x @ w.t()).view(*input.shape[:-1], weight.shape[0])
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, Tensor | None, None]:

@@ -1,6 +1,9 @@
 """In the place of ``transformer_engine_torch``, the compiled module of Transformer Engine; see :mod:`te_cpu`."""
 
 import enum
+import functools
+from collections.abc import Callable
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -138,6 +141,22 @@ def nvte_built_with_cublasmp() -> bool:
 def multi_tensor_scale(chunk_size: int, noop_flag: torch.Tensor, tensor_lists: Any, scale: float) -> None:
     for source, target in zip(*tensor_lists, strict=True):
         target.copy_(source * scale)
+
+
+def _without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function where torch's autocast does not reach it, as it does not reach a compiled library."""
+
+    @functools.wraps(function)
+    def called(*args: Any, **kwargs: Any) -> Any:
+        with torch.autocast("cpu", enabled=False):
+            return function(*args, **kwargs)
+
+    return called
+
+
+for _name, _function in list(globals().items()):
+    if isinstance(_function, FunctionType) and not _name.startswith("_"):
+        globals()[_name] = _without_autocast(_function)
 
 
 def __getattr__(name: str) -> Any:

@@ -70,7 +70,7 @@ def scale_for(
 ) -> Tensor:
     """The factor that maps ``amax`` to ``top``; 1 where there is nothing to go by."""
     amax = amax.clamp(min=epsilon)
-    scale = top / amax
+    scale = torch.full_like(amax, top) / amax  # `top / amax` would be `top * (1 / amax)`, which rounds twice
     scale = torch.where(torch.isinf(scale), ceiling, scale)
     if power_of_2:
         mantissa, exponent = torch.frexp(scale)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from te_cpu.formats import torch_dtype
+from te_cpu.formats import scale_for, torch_dtype
 from te_cpu.quantized import quantize
 
 Activation = Callable[[Tensor], Tensor]
@@ -190,4 +190,4 @@ def fused_amax_and_scale_update_after_reduction(
         rolled[0] = 0
         history.copy_(torch.where(last != 0, rolled, history))
         usable = torch.isfinite(amax) & (amax > 0)
-        scale.copy_(torch.where(usable, (top / amax).clamp(max=torch.finfo(torch.float32).max), scale))
+        scale.copy_(torch.where(usable, scale_for(amax, top), scale))

@@ -8,7 +8,7 @@ from torch.nn.functional import gelu as gelu_of
 
 from te_cpu.formats import torch_dtype
 from te_cpu.pointwise import gelu_backward
-from te_cpu.quantized import check, has_one_copy, kind_of, quantize, values_of
+from te_cpu.quantized import check, dequantize, factor_of, has_one_copy, kind_of, operand_of, quantize
 
 
 def generic_gemm(
@@ -47,12 +47,17 @@ def generic_gemm(
     if low:
         _check_sizes(A, B, transA, transB, m=right.shape[1], n=left.shape[0], k=left.shape[1], dtype=dtype)
     check(left.shape[1] == right.shape[0], f"inner sizes differ: {tuple(left.shape)} and {tuple(right.shape)}")
-    result = alpha * (left.float() @ right.float())
+    result = left.float() @ right.float()
+    if low:
+        result = result * (factor_of(A) * factor_of(B))
+    result = alpha * result
 
     bias_grad = before_gelu = None
     if bias is not None and bias.numel() > 0:
         if grad:
-            bias_grad = second.float().sum(0).to(dtype)
+            bias_grad = (
+                (B if not low else dequantize(B, torch.float32)).detach().flatten(0, -2).float().sum(0).to(dtype)
+            )
         else:
             result = result + bias.detach().float()
     if gelu and grad:
@@ -115,7 +120,7 @@ def te_general_grouped_gemm(
 
 def _operand(tensor: Any, by_column: bool) -> Tensor:
     if kind_of(tensor):
-        return values_of(tensor, by_column)
+        return operand_of(tensor, by_column)
     return tensor.detach().reshape(-1, tensor.shape[-1])
 
 

@@ -242,9 +242,19 @@ def values_of(tensor: Any, by_column: bool = False) -> Tensor:
 
     Rotated NVFP4 values stay rotated: both operands of a product are, and the rotations cancel.
     """
+    return operand_of(tensor, by_column) * factor_of(tensor)
+
+
+def factor_of(tensor: Any) -> Tensor:
+    """What a product is multiplied by afterwards, once its operands were summed over: a scale of the whole tensor."""
+    return tensor._scale_inv if kind_of(tensor) == "Float8" else torch.ones(1)
+
+
+def operand_of(tensor: Any, by_column: bool) -> Tensor:
+    """The values without that factor."""
     kind = kind_of(tensor)
     if kind == "Float8":
-        return _values_of_float8(tensor, by_column)
+        return _float8_operand(tensor, by_column)
     data, scales = (
         (tensor._columnwise_data, tensor._columnwise_scale_inv)
         if by_column
@@ -266,13 +276,12 @@ def values_of(tensor: Any, by_column: bool = False) -> Tensor:
     return matrix.t() if by_column else matrix
 
 
-def _values_of_float8(tensor: Any, by_column: bool) -> Tensor:
-    from_transpose = tensor._data is None or (by_column and not has_one_copy())
-    if not from_transpose:
-        return _as_matrix(formats.decode(tensor._data, tensor._fp8_dtype) * tensor._scale_inv)
+def _float8_operand(tensor: Any, by_column: bool) -> Tensor:
+    if tensor._data is not None and (has_one_copy() or not by_column):
+        return _as_matrix(formats.decode(tensor._data, tensor._fp8_dtype))
     there = tensor._transpose is not None and not tensor._transpose_invalid
     check(there, "the product needs the tensor by columns, which is not there")
-    values = formats.decode(tensor._transpose, tensor._fp8_dtype) * tensor._scale_inv
+    values = formats.decode(tensor._transpose, tensor._fp8_dtype)
     return values.reshape(values.shape[0], -1).t()
 
 
