@@ -1,7 +1,6 @@
 """StoSignMixin: one base class more, and a LightningModule trains with StoSignSGD or what it is compared with."""
 
-import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import partial
@@ -11,9 +10,9 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
 
 from lightning_stosign._lightning_names import is_a
+from lightning_stosign._training_follower import follow_training
 from lightning_stosign.optim.alias.alias import ALIAS
 from lightning_stosign.optim.base import check_choice, check_number
 from lightning_stosign.optim.emulation import emulate_state_precision
@@ -21,6 +20,9 @@ from lightning_stosign.optim.signsgd import SignSGD
 from lightning_stosign.optim.states.state_precision import StatePrecision
 from lightning_stosign.optim.stosign import StoSignSGD
 from lightning_stosign.optim.wrappers.sign_converted import SignConverted
+from lightning_stosign.schedule import ScheduleToTheEnd, lr_factor, warn_if_time_may_cut_it
+
+__all__ = ["StoSignConfig", "StoSignMixin", "lr_factor"]
 
 OptimizerName = Literal["stosign", "signsgd", "adamw", "lion", "muon", "sign-adamw", "sign-adamax", "alias"]
 Schedule = Literal["cosine", "linear", "constant", "wsd"]
@@ -189,8 +191,10 @@ class StoSignMixin:
     """Gives a LightningModule ``configure_optimizers``: param groups, optimizer and schedule from one config.
 
     Set ``self.stosign`` to a :class:`StoSignConfig`; without it the defaults apply. Biases, norms and embeddings are
-    not decayed by default; override :meth:`decays` for another rule. Parameters that do not require a gradient are left
-    out. The schedule runs by optimizer steps over ``trainer.estimated_stepping_batches``.
+    not decayed by default, nor what the model itself exempts (timm's ``no_weight_decay()``, an attribute ``no_decay``
+    of a parameter or module); override :meth:`decays` for another rule. Parameters that do not require a gradient are
+    left out; a finetuning callback may add them later, in groups of its own, which are named and decayed by the same
+    rule. The schedule runs by optimizer steps and ends with the training, whatever GradientAccumulationScheduler does.
 
     Example:
         >>> class Classifier(StoSignMixin, LightningModule):
@@ -220,33 +224,45 @@ class StoSignMixin:
             "norm": isinstance(module, _NORMS) or type(module).__name__.endswith("Norm") or "norm" in words,
             "embedding": isinstance(module, _EMBEDDINGS),
         }
-        return not any(kinds[rule] if rule in kinds else fnmatchcase(name, rule) for rule in self.stosign.no_decay)
+        if any(kinds[rule] if rule in kinds else fnmatchcase(name, rule) for rule in self.stosign.no_decay):
+            return False
+        return not _exempt_by_model(self._as_module(), name, param, module)
 
     def param_groups(self) -> list[dict[str, Any]]:
         """Return the param groups: at most one with and one without decay (and with Muon its matrices apart)."""
-        module = self._as_module()
-        config = self.stosign
+        return self._group_rule({"params": [p for p in self._as_module().parameters() if p.requires_grad]})
+
+    def _group_rule(self, group: dict[str, Any]) -> list[dict[str, Any]]:
+        """Split a param group by decay and by Muon's matrices; its other options stay."""
+        config, wanted = self.stosign, group["params"]
+        wanted = [wanted] if isinstance(wanted, Tensor) else list(wanted)
+        wanted = [item[1] if isinstance(item, tuple) else item for item in wanted]
         # A shared parameter is decayed only if every module that holds it says so.
         decayed: dict[Tensor, bool] = {}
         is_embedding: dict[Tensor, bool] = {}
         names: dict[Tensor, str] = {}
-        for prefix, owner in module.named_modules():
+        for prefix, owner in self._as_module().named_modules():
             for leaf, param in owner.named_parameters(prefix=prefix, recurse=False):
-                if param.requires_grad:
-                    names.setdefault(param, leaf)
-                    decayed[param] = decayed.get(param, True) and self.decays(leaf, param, owner)
-                    is_embedding[param] = is_embedding.get(param, False) or isinstance(owner, _EMBEDDINGS)
+                names.setdefault(param, leaf)
+                decayed[param] = decayed.get(param, True) and self.decays(leaf, param, owner)
+                is_embedding[param] = is_embedding.get(param, False) or isinstance(owner, _EMBEDDINGS)
         groups: dict[tuple[bool, bool], dict[str, Any]] = {}
-        for param, name in names.items():
-            use_muon = config.optimizer == "muon" and param.dim() == 2 and not is_embedding[param]
-            group = groups.setdefault(
-                (use_muon, not decayed[param]),
-                {"params": [], "param_names": [], "weight_decay": config.weight_decay if decayed[param] else 0.0},
+        for number, param in enumerate(wanted):
+            use_muon = config.optimizer == "muon" and param.dim() == 2 and not is_embedding.get(param, False)
+            decays = decayed.get(param, True)
+            part = groups.setdefault(
+                (use_muon, not decays),
+                {
+                    **{option: value for option, value in group.items() if option not in ("params", "param_names")},
+                    "params": [],
+                    "param_names": [],
+                    "weight_decay": group.get("weight_decay", config.weight_decay) if decays else 0.0,
+                },
             )
             if use_muon:
-                group["use_muon"] = True
-            group["params"].append(param)
-            group["param_names"].append(name)
+                part["use_muon"] = True
+            part["params"].append(param)
+            part["param_names"].append(names.get(param, f"params[{number}] of an added group"))
         return [groups[key] for key in sorted(groups)]
 
     def configure_optimizers(self) -> Any:
@@ -258,18 +274,11 @@ class StoSignMixin:
         config = self.stosign
         module = self._as_module()
         optimizer = config.build_optimizer(self.param_groups())
-        if isinstance(optimizer, ALIAS):
-            for group in optimizer.param_groups:
-                group["accumulate_grad_batches"] = module.trainer.accumulate_grad_batches
+        follow_training(optimizer, module, self._group_rule)
         if config.schedule == "constant" and config.warmup_steps == 0:
             return {"optimizer": optimizer}
-        total = math.inf if config.schedule == "constant" else module.trainer.estimated_stepping_batches
-        if total < 0:  # Lightning's answer where max_epochs is set but the data have no end
-            total = math.inf
-        if module.trainer.fast_dev_run:  # type: ignore[attr-defined]
-            # too short for any warm-up, and meant to run all the same
-            total = max(total, config.warmup_steps + 1)
-        scheduler = LambdaLR(optimizer, lr_factor(config, total))
+        warn_if_time_may_cut_it(config, module.trainer)
+        scheduler = ScheduleToTheEnd(optimizer, config, module.trainer)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step", "frequency": 1}}
 
     def _as_module(self) -> LightningModule:
@@ -280,41 +289,22 @@ class StoSignMixin:
         return self
 
 
-def lr_factor(config: StoSignConfig, total_steps: float) -> Callable[[int], float]:
-    """Return the schedule: from the number of finished steps to the factor on the peak learning rate.
-
-    Args:
-        config: warm-up, schedule, min_lr_ratio, wsd_decay_ratio.
-        total_steps: the number of optimizer steps, inf where it is not known.
-
-    Raises:
-        ValueError: the schedule needs an end and there is none, or warm-up does not fit before it.
-
-    Example:
-        >>> factor = lr_factor(StoSignConfig(schedule="linear", warmup_steps=2, min_lr_ratio=0.0), 6)
-        >>> [factor(step) for step in range(7)]
-        [0.5, 1.0, 1.0, 0.75, 0.5, 0.25, 0.0]
-    """
-    warmup, floor, schedule = config.warmup_steps, config.min_lr_ratio, config.schedule
-    if schedule != "constant" and math.isinf(total_steps):
-        raise ValueError(
-            f"schedule={schedule!r} needs an end: set the Trainer's max_steps or max_epochs, or 'constant'"
-        )
-    if warmup >= total_steps:
-        raise ValueError(f"warmup_steps={warmup} must be less than the {int(total_steps)} steps of this training")
-    decay_start = max(warmup, total_steps * (1 - config.wsd_decay_ratio)) if schedule == "wsd" else warmup
-
-    # A closure, not an object with attributes: LambdaLR would save those and a longer resumed run restore the old end.
-    def factor(step: int) -> float:
-        if step < warmup:
-            return (step + 1) / warmup
-        if schedule == "constant" or step <= decay_start:
-            return 1.0
-        progress = min(1.0, (step - decay_start) / (total_steps - decay_start))
-        remaining = (1 + math.cos(math.pi * progress)) / 2 if schedule == "cosine" else 1 - progress
-        return floor + (1 - floor) * remaining
-
-    return factor
+def _exempt_by_model(root: nn.Module, name: str, param: Tensor, owner: nn.Module) -> bool:
+    """Return whether the model itself exempts a parameter from decay, as timm's models do."""
+    if any(
+        getattr(thing, mark, False) is True for thing in (param, owner) for mark in ("no_decay", "_no_weight_decay")
+    ):
+        return True
+    module: Any = root
+    parts = name.split(".")
+    for depth, part in enumerate(parts):
+        rest = ".".join(parts[depth:])
+        if any(fnmatchcase(rest, pattern) for pattern in getattr(module, "no_weight_decay", tuple)()):
+            return True
+        if any(keyword in rest for keyword in getattr(module, "no_weight_decay_keywords", tuple)()):
+            return True
+        module = getattr(module, part, None)
+    return False
 
 
 def _lion(groups: list[dict[str, Any]], **options: Any) -> Optimizer:
@@ -330,6 +320,6 @@ def _lion(groups: list[dict[str, Any]], **options: Any) -> Optimizer:
 def _muon(groups: list[dict[str, Any]], **options: Any) -> Optimizer:
     if not hasattr(torch.optim, "Muon"):
         raise ValueError(f"optimizer='muon' needs torch.optim.Muon (torch >= 2.9); this is torch {torch.__version__}")
-    from lightning_stosign.optim.wrappers.muon import MuonAdamW
+    from lightning_stosign.optim.wrappers.muon_adamw import MuonAdamW
 
     return MuonAdamW(groups, **options)

@@ -5,12 +5,15 @@ import warnings
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT, StateDict
 
+from lightning_stosign.optim.param_groups import FollowingOptimizer
+from lightning_stosign.optim.rehearsal import is_rehearsal, rehearse
 from lightning_stosign.optim.sharding import local_grad, max_over_shards, shard_of
 from lightning_stosign.optim.states.state_precision import FP8_DTYPES
 from lightning_stosign.optim.states.storage import SHAPE_SUFFIX, round_by_noise
@@ -19,7 +22,7 @@ Updates = list[tuple[int, Tensor, dict[str, Any]]]
 """(index in the optimizer, parameter, group) of the parameters to update."""
 
 
-class StrictOptimizer(Optimizer, ABC):
+class StrictOptimizer(FollowingOptimizer, ABC):
     """Base of the package's optimizers: refuses bad options and gradients, and loads a state as it was saved.
 
     A subclass implements :meth:`_check_group` and :meth:`step`. All options live in the param groups, as plain
@@ -30,17 +33,11 @@ class StrictOptimizer(Optimizer, ABC):
         self._check_group(defaults)
         super().__init__(params, defaults)
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a param group, as in torch.optim; its options and parameters are checked."""
-        super().add_param_group(param_group)
-        group = self.param_groups[-1]
-        try:
+    def _groups_changed(self, changed: list[dict[str, Any]]) -> None:
+        for group in changed:
             self._check_group(group)
             for param in group["params"]:
                 self._check_param(param, group)
-        except (TypeError, ValueError):
-            self.param_groups.pop()
-            raise
 
     def _check_group(self, group: dict[str, Any]) -> None:
         """Raise ValueError or TypeError for an option out of range; subclasses check their own options too."""
@@ -70,7 +67,12 @@ class StrictOptimizer(Optimizer, ABC):
             RuntimeError: a gradient is sparse, or is not finite under ``on_nonfinite="raise"``; no parameter and no
                 state has been touched then.
         """
+        self._follow_groups()
+        if is_rehearsal(self, closure):
+            return rehearse(self, partial(self._step, None), self._count)
         return self._step(closure)
+
+    _count = "step"  # the name of the count of steps in a parameter's state
 
     @abstractmethod
     def _step(self, closure: Callable[[], Any] | None) -> Any:

@@ -8,7 +8,7 @@ from torch_optimizers import FACTORIES, OURS, stepped
 
 from lightning_stosign import ALIAS, SignConverted, SignSGD, StoSignSGD
 from lightning_stosign.health import UpdateRule, read_moments, register_update_rule, rules
-from lightning_stosign.optim.wrappers.muon import MuonAdamW
+from lightning_stosign.optim.wrappers.muon_adamw import MuonAdamW
 
 # By optimizer: the states, the numerator, the denominator, the decisive states. The parameter is a matrix.
 EXPECTED = {

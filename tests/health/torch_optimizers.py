@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from lightning_stosign import SignSGD, StoSignSGD
-from lightning_stosign.optim.wrappers.muon import MuonAdamW
+from lightning_stosign.optim.wrappers.muon_adamw import MuonAdamW
 
 FACTORIES = {
     "ASGD": lambda params: torch.optim.ASGD(params),

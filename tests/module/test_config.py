@@ -9,7 +9,7 @@ from module.mixin_fits import NAMES, Model, fit, trainer
 from torch import nn
 
 from lightning_stosign import SignConverted, SignSGD, StatePrecision, StoSignConfig, StoSignMixin, StoSignSGD
-from lightning_stosign.optim.wrappers.muon import MuonAdamW
+from lightning_stosign.optim.wrappers.muon_adamw import MuonAdamW
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_stosign.optim.wrappers.muon import MuonAdamW
+from lightning_stosign.optim.wrappers.muon_adamw import MuonAdamW
 
 
 def network():

@@ -28,7 +28,7 @@ from torch.optim import (
 )
 
 from lightning_stosign import SignConverted, StoSignSGD, emulate_state_precision
-from lightning_stosign.optim.wrappers.muon import MuonAdamW
+from lightning_stosign.optim.wrappers.muon_adamw import MuonAdamW
 
 CONVERTIBLE = {
     "adam": Adam,

@@ -130,7 +130,8 @@ class ALIAS(StrictOptimizer):
             "accumulate_grad_batches": accumulate_grad_batches,
             "on_nonfinite": on_nonfinite,
             "step_size": None,  # of the last step, lr included: a tensor
-            "estimates": None,  # what the first group keeps for the whole optimizer, see alias_estimates
+            "estimates": None,  # what all groups share, see estimates.py
+            "accumulated_batches": None,  # micro-batches in this step's gradient, if not accumulate_grad_batches
         }
         super().__init__(params, defaults)
 
@@ -158,6 +159,17 @@ class ALIAS(StrictOptimizer):
                 if group[name] != first[name]:
                     raise ValueError(f"{name}={group[name]!r} must be {first[name]!r} as in the first param group")
 
+    def _groups_changed(self, changed: list[dict[str, Any]]) -> None:
+        super()._groups_changed(changed)
+        # Any group may be the first to go.
+        estimates = next((g["estimates"] for g in self.param_groups if g["estimates"] is not None), None)
+        for group in self.param_groups:
+            group["estimates"] = estimates
+            if group["step_size"] is None:
+                group["step_size"] = next(
+                    (g["step_size"] for g in self.param_groups if g["step_size"] is not None), None
+                )
+
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Perform one optimization step.
 
@@ -172,7 +184,7 @@ class ALIAS(StrictOptimizer):
             RuntimeError: there is no closure, or it returns no loss where one is needed; a gradient is sparse, or is
                 not finite under ``on_nonfinite="raise"``. No parameter and no state has been touched then.
         """
-        return self._step(closure)
+        return super().step(closure)
 
     @torch.compiler.disable
     @torch.no_grad()
@@ -240,7 +252,7 @@ class ALIAS(StrictOptimizer):
 
     def _estimate(self, loss: Any, points: dict[Tensor, Tensor], before: dict[Tensor, Tensor | None]) -> None:
         """Update what is known of curvature and gap, and each group's step size."""
-        options, device = self.param_groups[0], self.param_groups[0]["params"][0].device
+        options, device = self.param_groups[0], next(param.device for _, param, _ in self._params())
         parts = [self._part(index, param, group, points, before) for index, param, group in self._params()]
         grad_sum, decrease, difference, motion = totals(parts, device).unbind()
         loss = None if loss is None else torch.as_tensor(loss, dtype=grad_sum.dtype, device=device).detach()
@@ -249,15 +261,18 @@ class ALIAS(StrictOptimizer):
             estimates = first_estimates(loss, options, grad_sum)
         elif estimates["step"] % CHECK_BOUND_EVERY == 0:
             estimates = check_bound(estimates, loss, options)
-        options["estimates"], gamma = next_estimates(
+        # The measured difference is that of the last micro-batch, one of so many that make the gradient.
+        batches = options["accumulated_batches"] or options["accumulate_grad_batches"]
+        estimates, gamma = next_estimates(
             estimates,
             grad_sum,
             decrease,
-            difference * options["accumulate_grad_batches"] if before or not options["same_batch"] else None,
+            difference * batches if before or not options["same_batch"] else None,
             motion,
             along_step=options["curvature"] == "step",
         )
         for group in self.param_groups:
+            group["estimates"] = estimates
             group["step_size"] = gamma * local(group["lr"])
 
     def _part(

@@ -38,9 +38,12 @@ class ShadowOptimizer(StrictOptimizer):
         if not callable(factory):
             raise TypeError(f"{self._argument}={factory!r} must be a function of param groups, e.g. an optimizer class")
         self._factory = factory
+        self._shadows: dict[Tensor, Tensor] = {}
         self._own_options = frozenset({"params", "param_names", *defaults})
         super().__init__(params, defaults)
         self.defaults = {**self.base.defaults, **self.defaults}
+
+    _count = OUTER_STEP
 
     @abstractmethod
     def _shadow(self, param: Tensor) -> Tensor:
@@ -85,10 +88,11 @@ class ShadowOptimizer(StrictOptimizer):
         for group, base_group in zip(self.param_groups, self.base.param_groups, strict=True):
             base_group.update(self._base_options(group))
             self._set_base_options(group, base_group)
-        updated = set(params)
-        shadows = {param: shadow for param, shadow in self._pairs() if param in updated}
+        shadows = {param: self._shadows[param] for param in params}
         for param, shadow in shadows.items():
             assert param.grad is not None
+            if OUTER_STEP in self.state[param] and self.state[param][OUTER_STEP] == 0:
+                self.state[param].clear()  # of a rehearsal: the base makes its own again
             if shadow.is_meta:  # made before its parameter was materialised
                 torch.utils.swap_tensors(shadow, torch.nn.Parameter(new_shadow(param)))
             shadow.data = self._shadow(param)
@@ -104,43 +108,41 @@ class ShadowOptimizer(StrictOptimizer):
             group.update(self._base_options(base_group))  # some optimizers count steps in a param group
         return values
 
-    def _pairs(self) -> list[tuple[Tensor, Tensor]]:
-        """Return the parameters, each with its shadow."""
-        return [
-            pair
-            for group, base_group in zip(self.param_groups, self.base.param_groups, strict=True)
-            for pair in zip(group["params"], base_group["params"], strict=True)
-        ]
-
     def _key(self, index: int, state: dict[str, Any], group: dict[str, Any], stream: Stream) -> int:
         """Return a parameter's noise key at this step."""
         return noise_key(group["seed"], int(state[OUTER_STEP]), index, stream)
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a param group, as in torch.optim; options that are not this optimizer's own go to the base."""
-        super().add_param_group(param_group)
-        try:
-            self._add_to_base(self.param_groups[-1])
-        except Exception:  # whatever the base has against the group: it is not in this optimizer either
-            self.param_groups.pop()
-            raise
+    def _groups_changed(self, changed: list[dict[str, Any]]) -> None:
+        """Let the base have shadows of this optimizer's parameters, grouped alike."""
+        super()._groups_changed(changed)
+        old = {tuple(map(id, group["params"])): group for group in self.base.param_groups} if self._shadows else {}
+        base_groups = []
+        for group in self.param_groups:
+            new = [param for param in group["params"] if param not in self._shadows]
+            if new or "base" not in self.__dict__:
+                self._add_to_base(group, new)
+            shadows = [self._shadows[param] for param in group["params"]]
+            base_group = old.get(tuple(map(id, shadows)), {**self.base.defaults, "params": shadows})
+            base_group.update(self._base_options(group))
+            base_groups.append(base_group)
+        self.base.param_groups[:] = base_groups
+        present = {param for group in self.param_groups for param in group["params"]}
+        for param in [param for param in self._shadows if param not in present]:
+            self.base.state.pop(self._shadows.pop(param), None)
 
-    def _add_to_base(self, group: dict[str, Any]) -> None:
-        """Give the base the shadows of a group; options and states it makes at once become the group's."""
-        shadows = {
-            "params": [torch.nn.Parameter(new_shadow(param)) for param in group["params"]],
-            **self._base_options(group),
-        }
-        if "base" in self.__dict__:
-            self.base.add_param_group(shadows)
-        else:
-            self.base = build_base(self._factory, shadows, self._argument)
-        base_group = self.base.param_groups[-1]
-        for option, value in self._base_options(base_group).items():
+    def _add_to_base(self, group: dict[str, Any], params: list[Tensor]) -> None:
+        """Make shadows of new parameters; options and states that a base makes of them become this optimizer's."""
+        shadows: list[Tensor] = [torch.nn.Parameter(new_shadow(param)) for param in params]
+        # A new base, of which only states and options stay: many an optimizer makes states in its constructor alone.
+        base = build_base(self._factory, {"params": shadows, **self._base_options(group)}, self._argument)
+        if "base" not in self.__dict__:
+            self.base = base
+        for option, value in self._base_options(base.param_groups[-1]).items():
             group.setdefault(option, value)
-        for param, shadow in zip(group["params"], base_group["params"], strict=True):
-            if shadow in self.base.state and param not in self.state:
-                self.state[param] = self.base.state[shadow]
+        for param, shadow in zip(params, shadows, strict=True):
+            self._shadows[param] = shadow
+            if shadow in base.state and param not in self.state:
+                self.state[param] = base.state[shadow]
 
     def _base_options(self, group: dict[str, Any]) -> dict[str, Any]:
         """Return the options of a group, this optimizer's or the base's, that are the base's."""
@@ -153,8 +155,8 @@ class ShadowOptimizer(StrictOptimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         if "_factory" in state:  # a copy or pickle; load_state_dict, which also comes here, keeps the base
-            for group in self.param_groups:
-                self._add_to_base(group)
+            self._shadows = {}
+            self._follow_groups()
 
 
 def build_base(factory: BaseFactory, group: dict[str, Any], argument: str = "base") -> Optimizer:

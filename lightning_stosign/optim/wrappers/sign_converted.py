@@ -110,10 +110,10 @@ class SignConverted(ShadowOptimizer):
         check_choice("normalize", group["normalize"], (True, False))
         check_seed(group["seed"])
 
-    def _add_to_base(self, group: dict[str, Any]) -> None:
+    def _add_to_base(self, group: dict[str, Any], params: list[Tensor]) -> None:
         bounded = group["stochastic"] and not group["normalize"]
-        refuse_unless_convertible(self._factory, self._base_options(group), group["params"], normalised=bounded)
-        super()._add_to_base(group)
+        refuse_unless_convertible(self._factory, self._base_options(group), params, normalised=bounded)
+        super()._add_to_base(group, params)
 
     def _shadow(self, param: Tensor) -> Tensor:
         return new_shadow(param)

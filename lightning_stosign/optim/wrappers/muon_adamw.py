@@ -9,9 +9,11 @@ from torch.optim import AdamW, Muon
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from lightning_stosign.optim.base import check_beta, check_choice, check_lr, check_number, check_pair, loss_of
+from lightning_stosign.optim.param_groups import FollowingOptimizer
+from lightning_stosign.optim.rehearsal import is_rehearsal, rehearse
 
 
-class MuonAdamW(Optimizer):
+class MuonAdamW(FollowingOptimizer):
     """torch's Muon and torch's AdamW behind one optimizer, as Lightning's automatic optimization wants.
 
     Muon orthogonalises the update of a matrix and takes nothing else; embeddings, norms and biases go to AdamW. Both
@@ -46,18 +48,12 @@ class MuonAdamW(Optimizer):
     ) -> None:
         super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay, "use_muon": False})
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a param group, as in torch.optim."""
-        super().add_param_group(param_group)
-        group = self.param_groups[-1]
-        try:
+    def _groups_changed(self, changed: list[dict[str, Any]]) -> None:
+        for group in changed:
             _check_group(group)
             if group["use_muon"]:
                 group.setdefault("momentum", group["betas"][0])
-            self._build_parts()
-        except (TypeError, ValueError):
-            self.param_groups.pop()
-            raise
+        self._build_parts()
 
     def _build_parts(self) -> None:
         """Let torch's two optimizers work on this one's param groups and states."""
@@ -81,10 +77,16 @@ class MuonAdamW(Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Perform one step of both optimizers; returns the closure's loss."""
+        self._follow_groups()
+        if is_rehearsal(self, closure):
+            return rehearse(self, self._step_parts, "step")
         loss = loss_of(closure)
+        self._step_parts()
+        return loss
+
+    def _step_parts(self) -> None:
         for part in self.parts:
             part.step()
-        return loss
 
 
 def _check_group(group: dict[str, Any]) -> None:
