@@ -1,7 +1,6 @@
 """What the sign optimizers share: argument checks, finite gradients, and a state_dict that loses nothing."""
 
 import math
-import warnings
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT, StateDict
 
+from lightning_stosign._user_code import warn_user
 from lightning_stosign.optim.param_groups import FollowingOptimizer
 from lightning_stosign.optim.rehearsal import is_rehearsal, rehearse
 from lightning_stosign.optim.sharding import local_grad, max_over_shards, shard_of
@@ -122,7 +122,7 @@ class StrictOptimizer(FollowingOptimizer, ABC):
         message = f"{type(self).__name__}: the gradient of {', '.join(names)} is not finite"
         if any(group["on_nonfinite"] == "raise" for group in groups):
             raise RuntimeError(f"{message}; nothing was updated. To skip such steps, pass on_nonfinite='skip'.")
-        warnings.warn(f"{message}; this step was skipped (on_nonfinite='skip').", RuntimeWarning, stacklevel=4)
+        warn_user(f"{message}; this step was skipped (on_nonfinite='skip').", RuntimeWarning)
 
     def _name(self, wanted: Tensor) -> str:
         """Name a parameter in an error message."""

@@ -2,38 +2,34 @@
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from torch.optim.optimizer import ParamsT
+from torch.optim.optimizer import ParamsT, StateDict
 
-from lightning_stosign.optim.base import Updates, check_choice, loss_of, nonfinite
+from lightning_stosign._torch_private import foreach_add
+from lightning_stosign.optim.base import Updates, check_choice, loss_of
 from lightning_stosign.optim.kernels import dispatch
-from lightning_stosign.optim.kernels.cpu import has_native, which_are_nonfinite
 from lightning_stosign.optim.kernels.deferred import DeferredCheck, defers
-from lightning_stosign.optim.kernels.eager import Constants, Rule, UpdateSpec
-from lightning_stosign.optim.kernels.fused import as_tensor, has_compiler
-from lightning_stosign.optim.kernels.job import Job, Path
+from lightning_stosign.optim.kernels.job import Job, Kind, Numbers
 from lightning_stosign.optim.numerics.noise import noise_key
-from lightning_stosign.optim.sharding import local, local_grad
-from lightning_stosign.optim.states.state_precision import FLOAT32, StatePrecision, precision_of
+from lightning_stosign.optim.sharding import local, max_over_shards
+from lightning_stosign.optim.states.state_precision import FLOAT32, OVERRIDE, StatePrecision, precision_of
 from lightning_stosign.optim.states.storage import init_state
 from lightning_stosign.optim.voted_step import VotedSteps
 
-# Values in all from which on a path is taken by default: below, eager steps take less than the path's compilation for
-# hundreds of them.
-WORTH: dict[Path, int] = {"native": 1_000_000, "compiled": 10_000_000}
-
 
 class LowPrecisionOptimizer(VotedSteps):
-    """Base of the optimizers that store their states by a :class:`StatePrecision`, with compiled and eager steps.
+    """Base of the optimizers that store their states by a :class:`StatePrecision`, stepped by the kernels of a backend.
 
-    A subclass implements :meth:`_rule` and :meth:`_rates`.
+    A subclass implements :meth:`_kind` and :meth:`_rates`.
     """
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
+        self._counts, self._stored_in = {}, {}
         if defaults["state_precision"] is not None:
             defaults["state_precision"] = str(StatePrecision.parse(defaults["state_precision"]))
         super().__init__(params, defaults)
@@ -52,13 +48,29 @@ class LowPrecisionOptimizer(VotedSteps):
         if StatePrecision.parse(spec).scaling == "block":
             raise ValueError(
                 f"state_precision={spec!r}: the blocks of a sharded parameter would be cut by the shards; accepted: "
-                "one scale a tensor ('fp8'), or none"
+                "one scale per tensor ('fp8'), or none"
             )
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        for values in self.state.values():  # a count that was saved as a plain number
-            values["step"] = torch.as_tensor(values["step"], dtype=torch.int64, device="cpu")
+        self._adopt_states()
+
+    def load_state_dict(self, state_dict: StateDict) -> None:
+        """Load a state, as in torch.optim, but with every state tensor in the dtype it was saved in.
+
+        Options in the state_dict's param groups replace the current ones, ``state_precision`` included.
+        """
+        super().load_state_dict(state_dict)
+        self._adopt_states()
+
+    def _adopt_states(self) -> None:
+        """Put the step counts of loaded states where they belong, and remember how the states are stored."""
+        for param, values in self.state.items():
+            # A count may be saved as a plain number.
+            values["step"] = torch.as_tensor(values["step"], dtype=torch.int64, device=_count_device(param))
+        groups = [(param, group) for group in self.param_groups for param in group["params"]]
+        self._stored_in = {param: group["state_precision"] for param, group in groups if param in self.state}
+        self._counts = {}
 
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
@@ -66,9 +78,14 @@ class LowPrecisionOptimizer(VotedSteps):
         check_choice("param_rounding", group["param_rounding"], ("stochastic", "nearest"))
         check_choice("fused", group["fused"], (None, False, True))
 
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Whether a GradScaler leaves unscaling and skipping to the step; as in torch, only under ``fused=True``."""
+        return all(group["fused"] is True for group in self.param_groups)
+
     @abstractmethod
-    def _rule(self, group: dict[str, Any]) -> Rule:
-        """Return the update rule of a param group."""
+    def _kind(self, group: dict[str, Any], precision: StatePrecision, round_param: bool) -> Kind:
+        """Return what a step does to the parameters of a group whose states are stored so."""
 
     @abstractmethod
     def _rates(self, group: dict[str, Any]) -> tuple[float, float]:
@@ -81,124 +98,151 @@ class LowPrecisionOptimizer(VotedSteps):
         if self._ballot is not None:
             self._step_by_vote(self._ballot)
             return loss
-        self._report_deferred()
+        self._settle()
         updates = list(self._params_with_grad())
-        finite: bool | Tensor = True
-        if defers(updates):
-            self._deferred = DeferredCheck(updates)
-            finite = self._deferred.finite
-        jobs = self._jobs(updates, finite)
-        largest = dispatch.find_largest(jobs)
-        if finite is True and not self._are_finite(updates, _which_are_nonfinite(jobs, largest)):
+        grad_scale, of_scaler = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        if grad_scale is not None:
+            _unscale(updates, grad_scale)
+        jobs = self._jobs(updates)
+        if not jobs:
             return loss
-        dispatch.run(jobs, largest)
-        if jobs:
-            torch._foreach_add_([job.state["step"] for job in jobs], 1)
-        # Autograd does not see what kernels write, and would use a parameter that it saved before the step.
-        torch.autograd.graph.increment_version([job.param for job in jobs if job.path != "eager"])
+        batches = dispatch.choose(jobs)
+        dispatch.look(batches)
+        if of_scaler is not None:
+            of_scaler = _over_shards(jobs, of_scaler)
+        found_inf = None
+        if defers(jobs):
+            nonfinite = dispatch.nonfinite_on_device(jobs, batches)
+            max_over_shards((job.whole, flag) for job, flag in zip(jobs, nonfinite.unbind(), strict=True))
+            check = DeferredCheck(nonfinite, of_scaler)
+            self._unsettled, found_inf = (check, updates), check.found_inf
+        elif of_scaler is not None and bool(of_scaler != 0):
+            return loss  # the scaler lowers its scale
+        elif not self._are_finite(updates, dispatch.nonfinite_on_host(jobs, batches)):
+            return loss
+        dispatch.run(jobs, batches, found_inf)
+        self._advance([job.whole for job in jobs], found_inf)
         return loss
 
     def _gives_signs(self, group: dict[str, Any]) -> bool:
-        return self._rule(group).gives_signs
+        return self._kind(group, FLOAT32, False).gives_signs
 
-    def _jobs(self, updates: Updates, finite: bool | Tensor) -> list[Job]:
+    def _jobs(self, updates: Updates) -> list[Job]:
         """Return what to do; it changes nothing but creates missing states."""
-        numel = sum(param.numel() for _, param, _ in updates)
-        kinds: dict[Any, _Kind] = {}
-        specs: dict[Any, UpdateSpec] = {}
+        numbers: dict[Any, Numbers] = {}
         jobs = []
         for index, param, group in updates:
-            kind = id(group), param.device
-            if kind not in kinds:
-                constants = self._constants(group, param.device, finite)
-                path = _path(param.device, group["fused"], numel)
-                numbers = as_tensor(constants, param.device) if path == "compiled" else None
-                kinds[kind] = _Kind(constants, path, numbers)
-            jobs.append(self._job(index, param, group, kinds[kind], specs))
+            of = id(group), param.device
+            if of not in numbers:
+                numbers[of] = self._numbers(group, param.device)
+            jobs.append(self._job(index, param, group, numbers[of]))
         return jobs
 
-    _deferred: DeferredCheck | None = None
-
-    def _report_deferred(self) -> None:
-        """Raise or warn about the last step's gradients, if the host did not wait for the answer then."""
-        check, self._deferred = self._deferred, None
-        offending = check.offending() if check is not None else []
-        if offending:
-            self._report_nonfinite([self._name(param) for param, _ in offending], [group for _, group in offending])
-
-    def _constants(self, group: dict[str, Any], device: torch.device, finite: bool | Tensor) -> Constants:
-        lr: Any = group["lr"]
-        decay: Any = 1.0
-        weight: Any
-        beta2: Any
-        weight, beta2 = self._rates(group)
+    def _numbers(self, group: dict[str, Any], device: torch.device) -> Numbers:
+        lr, decay = group["lr"], 1.0
         if isinstance(lr, Tensor):
             lr = lr.to(device).reshape(())
         if group["weight_decay"] != 0:
             decay = 1 - lr * group["weight_decay"]
-        if isinstance(finite, bool):
-            return Constants(lr, decay, weight, beta2)
-        # A step that changes nothing, where a gradient is not finite.
-        lr, decay, weight, beta2 = (
-            torch.where(finite, torch.as_tensor(value, dtype=torch.float32, device=device), neutral)
-            for value, neutral in ((lr, 0.0), (decay, 1.0), (weight, 0.0), (beta2, 1.0))
-        )
-        return Constants(lr, decay, weight, beta2, finite)
+        return Numbers(lr, decay, *self._rates(group))
 
-    def _job(
-        self,
-        index: int,
-        param: Tensor,
-        group: dict[str, Any],
-        kind: "_Kind",
-        specs: dict[Any, UpdateSpec],
-    ) -> Job:
-        state = self.state[param]
+    def _job(self, index: int, param: Tensor, group: dict[str, Any], numbers: Numbers) -> Job:
+        state, spec = self.state[param], group["state_precision"]
+        if state and self._stored_in.get(param, spec) != spec:
+            self._refuse_other_storage(param, state, group)
+        self._stored_in[param] = spec
         precision = precision_of(state, group)
         if precision is not None and not precision.applies_to(param):
             precision = None
-        key = id(group), precision, param.dtype
-        if key not in specs:
-            narrow = param.dtype.itemsize < 4
-            specs[key] = UpdateSpec(
-                self._rule(group), precision or FLOAT32, narrow and group["param_rounding"] == "stochastic"
-            )
-        spec = specs[key]
+        round_param = param.dtype.itemsize < 4 and group["param_rounding"] == "stochastic"
+        kind = self._kind(group, precision or FLOAT32, round_param)
         if "step" not in state:
-            # int64: exact beyond float32's 2**24 steps. On the CPU, where reading it costs no synchronisation.
-            state["step"] = torch.zeros((), dtype=torch.int64, device="cpu")
-        for name in spec.rule.states:  # one by one: a momentum can be switched on in the middle of a run
+            state["step"] = torch.zeros((), dtype=torch.int64, device=_count_device(param))
+        for name in kind.states:  # one by one: a momentum can be switched on in the middle of a run
             if name not in state:
                 init_state(state, name, param, precision)
-        seed, step = group.get("seed", 0), int(state["step"]) + 1
-        keys = {stream: noise_key(seed, step, index, stream) for stream in spec.streams}
-        return Job(param, local(param), local_grad(param), state, spec, keys, *kind)
+        seed, step = group.get("seed", 0), self._steps_taken(param) + 1
+        keys = {stream: noise_key(seed, step, index, stream) for stream in kind.streams}
+        return Job.of(kind, numbers, keys, param, state, group["fused"])
+
+    def _refuse_other_storage(self, param: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+        """Raise unless the states, stored already, are stored in the same way under the group's present precision."""
+        old, new = self._stored_in[param], group["state_precision"]
+        if OVERRIDE in state or _storage(old, param) == _storage(new, param):
+            return
+        raise ValueError(
+            f"state_precision={str(new)!r}: the states of {self._name(param)} are stored in {str(old)!r} already; to "
+            "change that in the middle of a run, call lightning_stosign.promote_state(optimizer, param), which moves "
+            "them to the next wider storage"
+        )
+
+    # Where the last step's gradients are still to be reported, and counts of steps that need not be read from a device:
+    # param -> (the count, its version, its value).
+    _unsettled: tuple[DeferredCheck, Updates] | None = None
+    _counts: dict[Tensor, tuple[Tensor, int, int]]
+    _stored_in: dict[Tensor, Any]
+
+    def _settle(self) -> None:
+        """Raise or warn about the last step's gradients, if the host did not wait for the answer then."""
+        if self._unsettled is None:
+            return
+        (check, updates), self._unsettled = self._unsettled, None
+        taken, flags = check.answer()
+        if not taken:
+            for _, param, _ in updates:
+                step, version, count = self._counts[param]
+                self._counts[param] = step, version, count - 1
+        offending = [update for update, flag in zip(updates, flags, strict=True) if flag]
+        if offending:
+            self._report_nonfinite([self._name(param) for _, param, _ in offending], [g for _, _, g in offending])
+
+    def _steps_taken(self, param: Tensor) -> int:
+        """Return how many steps a parameter has taken; on an accelerator without reading it there, if it is known."""
+        step = self.state[param]["step"]
+        if param in self._counts:
+            known, version, count = self._counts[param]
+            if known is step and version == step._version:
+                return count
+        return int(step)
+
+    def _advance(self, params: Sequence[Tensor], found_inf: Tensor | None = None) -> None:
+        """Count a step, unless it is found that it was not taken."""
+        taken = [self._steps_taken(param) for param in params] if self._counts or found_inf is not None else []
+        steps = [self.state[param]["step"] for param in params]
+        foreach_add(steps, 1 if found_inf is None else (found_inf == 0).to(torch.int64))
+        for param, step, count in zip(params, steps, taken, strict=False):
+            self._counts[param] = step, step._version, count + 1
 
 
-class _Kind(NamedTuple):
-    """What the parameters of a group on a device have in common; the last arguments of a :class:`Job`."""
-
-    constants: Constants
-    path: Path
-    numbers: Tensor | None
+def _count_device(param: Tensor) -> torch.device:
+    """Return where a parameter's count of steps is kept: where it is known whether a step was taken."""
+    return torch.device("cpu") if param.is_meta else param.device
 
 
-def _which_are_nonfinite(jobs: Sequence[Job], largest: Sequence[dispatch.Largest]) -> list[bool]:
-    """Return for each job whether this process's part of the gradient holds inf or NaN."""
-    # What was just read need not be read again: these are finite only if all gradients were.
-    known = {id(job) for members, values in largest if bool(values.isfinite().all()) for job in members}
-    unknown = [job for job in jobs if id(job) not in known]
-    grads = [job.grad for job in unknown]
-    natively = which_are_nonfinite(grads) if {job.path for job in unknown} == {"native"} else None
-    flags = iter(nonfinite(grads) if natively is None else natively)
-    return [id(job) not in known and next(flags) for job in jobs]
+def _unscale(updates: Updates, grad_scale: Tensor) -> None:
+    """Divide gradients by a GradScaler's scale in place, as its ``unscale_`` does."""
+    inverses: dict[torch.device, Tensor] = {}
+    for _, param, _ in updates:
+        grad = local(param.grad)
+        if grad.device not in inverses:
+            inverses[grad.device] = grad_scale.to(grad.device).double().reciprocal().float()
+        grad.mul_(inverses[grad.device])
 
 
-def _path(device: torch.device, fused: bool | None, numel: int) -> Path:
-    on_cpu = device.type == "cpu"
-    if fused is False or (fused is None and not (on_cpu and numel >= min(WORTH.values()))):
-        return "eager"
-    path: Path = "native" if on_cpu and has_native() else "compiled"
-    if (fused is None and numel < WORTH[path]) or (path == "compiled" and not has_compiler()):
-        return "eager"
-    return path
+def _over_shards(jobs: Sequence[Job], found_inf: Tensor) -> Tensor:
+    """Return what GradScalers have found on any of the processes that share a parameter."""
+    flag = local(found_inf).to(torch.float32).reshape(()).clone()
+    sharded = next((job.whole for job in jobs if job.shard is not None), None)
+    if sharded is not None:
+        max_over_shards([(sharded, flag)])
+    return flag
+
+
+def _storage(spec: Any, param: Tensor) -> StatePrecision | None:
+    """Return what of a ``state_precision`` decides how a parameter's states are laid out."""
+    precision = None if spec is None else StatePrecision.parse(spec)
+    if precision is None or not precision.applies_to(param):
+        return None
+    if precision.dtype is torch.float32 and param.dtype is not torch.float64:
+        return None
+    return replace(precision, stochastic_rounding=False, min_numel=0)

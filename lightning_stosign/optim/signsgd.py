@@ -1,64 +1,14 @@
 """SignSGD with momentum, also known as Signum: the biased baseline."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from lightning_stosign.optim.base import check_beta
-from lightning_stosign.optim.kernels.eager import Constants, Noise, Rule, StoredRows
+from lightning_stosign.optim.kernels.job import Kind, kind_of
 from lightning_stosign.optim.low_precision import LowPrecisionOptimizer
-from lightning_stosign.optim.numerics.noise import Stream
-from lightning_stosign.optim.numerics.rounding import power_of_two_scale
 from lightning_stosign.optim.states.state_precision import StatePrecision
-from lightning_stosign.optim.states.storage import largest_number
-
-
-@dataclass(frozen=True)
-class SignRule(Rule):
-    """Algorithm 5, with or without momentum."""
-
-    momentum: bool
-    maximize: bool
-
-    @property
-    def states(self) -> tuple[str, ...]:
-        """The momentum, if there is one."""
-        return ("exp_avg",) if self.momentum else ()
-
-    @property
-    def gives_signs(self) -> bool:
-        """Always."""
-        return True
-
-    def streams(self) -> tuple[Stream, ...]:
-        """Return no stream: nothing is drawn."""
-        return ()
-
-    def direction(self, grad: Tensor, states: Sequence[StoredRows], noise: Noise, constants: Constants) -> Tensor:
-        """Return sign(m_t)."""
-        if self.momentum:
-            return states[0].write(self._momentum(grad, states[0], constants), noise).sign()
-        return self._ascent(grad).sign()
-
-    def largest(self, grad: Tensor, states: Sequence[StoredRows], constants: Constants) -> Tensor:
-        """Return the largest |m_t| before it is stored."""
-        return self._momentum(grad, states[0], constants).abs().amax().to(torch.float32).unsqueeze(0)
-
-    def cover(self, largest: Tensor, precision: StatePrecision) -> Tensor:
-        """Return the scale of m."""
-        return power_of_two_scale(largest, largest_number(precision))
-
-    def _momentum(self, grad: Tensor, exp_avg: StoredRows, constants: Constants) -> Tensor:
-        # m_t = beta m_{t-1} + (1 - beta) g_t
-        m = exp_avg.read()
-        return m.add_(self._ascent(grad).sub(m).mul_(constants.weight))
-
-    def _ascent(self, grad: Tensor) -> Tensor:
-        return -grad if self.maximize else grad
 
 
 class SignSGD(LowPrecisionOptimizer):
@@ -132,8 +82,16 @@ class SignSGD(LowPrecisionOptimizer):
         super()._check_group(group)
         check_beta("momentum", group["momentum"])
 
-    def _rule(self, group: dict[str, Any]) -> Rule:
-        return SignRule(group["momentum"] != 0, group["maximize"])
+    def _kind(self, group: dict[str, Any], precision: StatePrecision, round_param: bool) -> Kind:
+        return kind_of(
+            momentum=group["momentum"] != 0,
+            envelope=False,
+            stochastic=False,
+            maximize=group["maximize"],
+            decays=False,
+            precision=precision,
+            round_param=round_param,
+        )
 
     def _rates(self, group: dict[str, Any]) -> tuple[float, float]:
         return 1 - group["momentum"], 1.0

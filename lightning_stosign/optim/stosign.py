@@ -1,80 +1,17 @@
 """StoSignSGD: steps by the sign of a randomly perturbed momentum, unbiased in expectation."""
 
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from lightning_stosign.optim.base import check_beta, check_choice, check_pair
-from lightning_stosign.optim.kernels.eager import Constants, Noise, Rule, StoredRows, is_one
+from lightning_stosign.optim.kernels.job import Kind, kind_of
 from lightning_stosign.optim.low_precision import LowPrecisionOptimizer
-from lightning_stosign.optim.numerics.noise import Stream
-from lightning_stosign.optim.numerics.rounding import power_of_two_scale
 from lightning_stosign.optim.states.state_precision import StatePrecision
-from lightning_stosign.optim.states.storage import largest_as_stored, largest_number
 
 _SLOWEST_IN_FOUR_BITS = 0.75  # from 4 to 3
-
-
-@dataclass(frozen=True)
-class StoSignRule(Rule):
-    """Algorithm 3, 11 with ``beta2 < 1``; Algorithm 10 if not ``stochastic``."""
-
-    stochastic: bool
-    maximize: bool
-    decays: bool = False  # beta2 < 1, and states may be stored in less than float32
-
-    @property
-    def states(self) -> tuple[str, ...]:
-        """The momentum and its envelope."""
-        return "exp_avg", "exp_inf"
-
-    @property
-    def gives_signs(self) -> bool:
-        """Not in expectation."""
-        return self.stochastic
-
-    def streams(self) -> tuple[Stream, ...]:
-        """Return the streams of n_t and of the decayed envelope's rounding."""
-        used = ((Stream.UPDATE, self.stochastic), (Stream.ROUND_ENVELOPE, self.decays))
-        return tuple(stream for stream, is_used in used if is_used)
-
-    def direction(self, grad: Tensor, states: Sequence[StoredRows], noise: Noise, constants: Constants) -> Tensor:
-        """Return sign(m_t + G_t n_t), or m_t / G_t."""
-        exp_avg, exp_inf = states
-        m = exp_avg.write(self._momentum(grad, exp_avg, constants), noise)
-        # G_t = max(beta2 G_{t-1}, |m_t|), of the m_t that was stored
-        G = self._decayed(exp_inf, constants)
-        G = exp_inf.write_decayed(G, m.abs(), noise) if self.decays else exp_inf.write_up(G.clamp_min_(m.abs()))
-        if self.stochastic:
-            return noise.uniform(Stream.UPDATE).to(m.dtype).mul_(G).add_(m).sign_()
-        return torch.where(G == 0, 0.0, m / G)
-
-    def largest(self, grad: Tensor, states: Sequence[StoredRows], constants: Constants) -> Tensor:
-        """Return the largest |m_t| before it is stored, and the largest beta2 G_{t-1}."""
-        exp_avg, exp_inf = states
-        m, G = self._momentum(grad, exp_avg, constants), self._decayed(exp_inf, constants)
-        return torch.stack([m.abs().amax(), G.amax()]).to(torch.float32)
-
-    def cover(self, largest: Tensor, precision: StatePrecision) -> Tensor:
-        """Return the scales of m and G: G covers the momentum as stored, whose largest is the largest rounded."""
-        limit = largest_number(precision)
-        m_scale = power_of_two_scale(largest[0], limit)
-        covered = largest_as_stored(largest[0] / m_scale, precision) * m_scale
-        return torch.stack([m_scale, power_of_two_scale(torch.maximum(largest[1], covered), limit)])
-
-    def _momentum(self, grad: Tensor, exp_avg: StoredRows, constants: Constants) -> Tensor:
-        # m_t = beta1 m_{t-1} + (1 - beta1) g_t
-        m = exp_avg.read()
-        return m.add_((-grad if self.maximize else grad).sub(m).mul_(constants.weight))
-
-    def _decayed(self, exp_inf: StoredRows, constants: Constants) -> Tensor:
-        G = exp_inf.read()
-        return G if is_one(constants.beta2) else G.mul_(constants.beta2)
 
 
 class StoSignSGD(LowPrecisionOptimizer):
@@ -182,9 +119,16 @@ class StoSignSGD(LowPrecisionOptimizer):
         if not 0 <= group["seed"] < 1 << 64:
             raise ValueError(f"seed={group['seed']} must be in [0, 2**64)")
 
-    def _rule(self, group: dict[str, Any]) -> Rule:
-        decays = group["betas"][1] < 1 and group["state_precision"] is not None
-        return StoSignRule(group["stochastic"], group["maximize"], decays)
+    def _kind(self, group: dict[str, Any], precision: StatePrecision, round_param: bool) -> Kind:
+        return kind_of(
+            momentum=True,
+            envelope=True,
+            stochastic=group["stochastic"],
+            maximize=group["maximize"],
+            decays=group["betas"][1] < 1,
+            precision=precision,
+            round_param=round_param,
+        )
 
     def _rates(self, group: dict[str, Any]) -> tuple[float, float]:
         beta1, beta2 = group["betas"]

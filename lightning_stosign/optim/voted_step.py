@@ -28,8 +28,16 @@ class VotedSteps(StrictOptimizer):
     _ballot: Ballot | None = None
 
     @abstractmethod
-    def _jobs(self, updates: Updates, finite: bool | Tensor) -> list[Job]:
+    def _jobs(self, updates: Updates) -> list[Job]:
         """Return what to do; it changes nothing but creates missing states."""
+
+    @abstractmethod
+    def _steps_taken(self, param: Tensor) -> int:
+        """Return how many steps a parameter that has a state has taken."""
+
+    @abstractmethod
+    def _advance(self, params: Sequence[Tensor]) -> None:
+        """Count a step of these parameters."""
 
     @abstractmethod
     def _gives_signs(self, group: dict[str, Any]) -> bool:
@@ -62,7 +70,7 @@ class VotedSteps(StrictOptimizer):
             self._follow(bucket)
         self._run([(entry.index, entry.param, entry.group) for entry in entries if not entry.voted])
         if entries:
-            torch._foreach_add_([self.state[entry.param]["step"] for entry in entries], 1)
+            self._advance([entry.param for entry in entries])
 
     def _agreed_entries(self, ballot: Ballot) -> list[Entry]:
         """Return the parameters for which any worker has a gradient; none if one of these is not finite."""
@@ -85,7 +93,7 @@ class VotedSteps(StrictOptimizer):
             if takes_part[index]:
                 if param.grad is None:  # as DDP does where only other workers used a parameter
                     param.grad = torch.zeros_like(param)
-                step = int(self.state[param].get("step", 0)) + 1
+                step = 1 + (self._steps_taken(param) if "step" in self.state[param] else 0)
                 entries.append(Entry(param, group, index, step, ballot.votes_on(param)))
         return entries
 
@@ -106,10 +114,12 @@ class VotedSteps(StrictOptimizer):
         self._run(updates, stand_ins)
 
     def _run(self, updates: Updates, stand_ins: Sequence[Tensor] | None = None) -> None:
-        jobs = self._jobs(updates, True)
+        jobs = self._jobs(updates)
         if stand_ins is not None:
             jobs = [replace(job, whole=room, param=room) for job, room in zip(jobs, stand_ins, strict=True)]
-        dispatch.run(jobs, dispatch.find_largest(jobs))
+        batches = dispatch.choose(jobs)
+        dispatch.look(batches, at_gradients=False)
+        dispatch.run(jobs, batches)
 
     def _follow(self, bucket: Bucket) -> None:
         """Step by the votes, and put the averaged gradients in place of this worker's."""

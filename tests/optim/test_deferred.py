@@ -14,7 +14,7 @@ SHAPES = [(5,), (300,), (130, 129)]
 
 @pytest.fixture(autouse=True)
 def deferred(monkeypatch):
-    monkeypatch.setattr(low_precision, "defers", lambda updates: bool(updates))
+    monkeypatch.setattr(low_precision, "defers", lambda jobs: True)
 
 
 def set_up(cls=StoSignSGD, **options):
@@ -88,7 +88,7 @@ def test_finite_steps_are_those_that_were_waited_for(options, monkeypatch):
     params, optimizer = set_up(**options)
     step(params, optimizer, 1)
     step(params, optimizer, 2)
-    monkeypatch.setattr(low_precision, "defers", lambda updates: False)
+    monkeypatch.setattr(low_precision, "defers", lambda jobs: False)
     others, waiting = set_up(**options)
     step(others, waiting, 1)
     step(others, waiting, 2)

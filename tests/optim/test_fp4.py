@@ -15,7 +15,7 @@ from hypothesis.extra import numpy as hnp
 from torch import nn
 
 from lightning_stosign import SignSGD, StatePrecision, StoSignSGD, promote_state, state_bytes
-from lightning_stosign.optim.kernels import dispatch
+from lightning_stosign.optim.kernels import eager
 from lightning_stosign.optim.numerics.fp4 import round_e2m1, round_e2m1_stochastically, round_e2m1_up
 from lightning_stosign.optim.states.storage import init_state, pack, read_state, unpack, write_state
 
@@ -148,7 +148,7 @@ def gradients(shape, steps):
 
 @pytest.mark.parametrize("chunk", [48, 1 << 18])
 def test_a_run_is_that_of_algorithm_3_with_its_states_stored_so(monkeypatch, chunk):
-    monkeypatch.setattr(dispatch, "_CHUNK", chunk)
+    monkeypatch.setattr(eager, "_PIECE", chunk)
     x = nn.Parameter(torch.zeros(5, 23))
     optimizer = StoSignSGD([x], lr=0.25, state_precision=FP4)
     expected, m, G = np.zeros(x.numel()), np.zeros(x.numel(), np.float32), np.zeros(x.numel(), np.float32)

@@ -3,7 +3,7 @@
 import stat
 import types
 import warnings
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from unittest.mock import patch
 
 import fused_runs
@@ -14,13 +14,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lightning_stosign import SignSGD, StatePrecision, StoSignSGD
-from lightning_stosign.optim import low_precision
 from lightning_stosign.optim.kernels import cpu, dispatch, native_build
-from lightning_stosign.optim.kernels.eager import Constants, UpdateSpec
-from lightning_stosign.optim.kernels.job import SEGMENT, Job
+from lightning_stosign.optim.kernels.job import SEGMENT, Job, Kind, Numbers
 from lightning_stosign.optim.kernels.native_build import native_library
-from lightning_stosign.optim.numerics.noise import Stream, noise_key
-from lightning_stosign.optim.stosign import StoSignRule
+from lightning_stosign.optim.states.state_precision import FLOAT32
 
 SHAPES = [(20480,), (70, 256), (128, 64, 2, 2), (129, 130), (300, 7), (256,), (5,), (), (0, 3)]
 FORMATS = {
@@ -61,7 +58,7 @@ def assert_same_bits(**options):
 
 
 def test_this_machine_has_native_code():
-    assert cpu.has_native()
+    assert native_library("finite.cpp") is not None
 
 
 @pytest.fixture
@@ -69,9 +66,9 @@ def updates(monkeypatch):
     """The storage of what is updated natively, and how many parameters have it, call by call."""
     calls = []
 
-    def record(jobs, new_scales):
-        calls.append((str(jobs[0].spec.precision), len(jobs)))
-        return update(jobs, new_scales)
+    def record(jobs, scales, found_inf):
+        calls.append((str(jobs[0].kind.precision), len(jobs)))
+        return update(jobs, scales, found_inf)
 
     update = cpu.update
     monkeypatch.setattr(cpu, "update", record)
@@ -179,18 +176,15 @@ def test_the_scale_covers_the_largest_value_whichever_thread_has_it(count, at, t
 def test_a_part_across_the_noise_key_s_boundary_is_updated_as_eagerly(precision):
     numel = 1 << 16
     shard = types.SimpleNamespace(starts=torch.tensor([SEGMENT - 700]), run=numel)
-    spec = UpdateSpec(StoSignRule(stochastic=True, maximize=False), StatePrecision.parse(precision), round_param=False)
     results = []
-    for path in ("native", "eager"):
-        param, grad = (torch.randn(numel, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
-        state = {name: torch.zeros(numel, dtype=spec.precision.dtype) for name in spec.rule.states}
-        if precision == "fp8":
-            state |= {name + "_scale": torch.ones(()) for name in spec.rule.states}
-        keys = {Stream.UPDATE: noise_key(0, 1, 0)}
+    for fused in (True, False):
+        values, grad = (torch.randn(numel, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+        param = nn.Parameter(values)
+        param.grad = grad
+        optimizer = StoSignSGD([param], lr=0.1, state_precision=precision, fused=fused)
         with patch("lightning_stosign.optim.kernels.job.shard_of", return_value=shard):
-            job = Job(param, param, grad, state, spec, keys, Constants(0.1, 1.0, 0.1, 1.0), path)
-        dispatch.run([job], dispatch.find_largest([job]))
-        results.append((param, *state.values()))
+            optimizer.step()
+        results.append((param, *optimizer.state[param].values()))
     for one, other in zip(*results, strict=True):
         assert_equal(one, other)
 
@@ -203,15 +197,14 @@ def test_one_nonfinite_value_is_found_wherever_it_is(dtype, value):
         for place in {0, size // 2, size - 1}:
             tensors = [torch.full((n,), torch.finfo(dtype).max, dtype=dtype) for n in sizes]
             tensors[at][place] = value
-            assert cpu.which_are_nonfinite(tensors) == [i == at for i in range(len(sizes))]
+            assert cpu.nonfinite(tensors).tolist() == [i == at for i in range(len(sizes))]
 
 
 def test_gradients_of_several_dtypes_and_layouts_are_checked():
     tensors = [torch.ones(3, 4).t(), torch.ones((), dtype=torch.bfloat16).expand(7), torch.ones(2, 0)]
-    assert cpu.which_are_nonfinite(tensors) == [False] * 3
+    assert cpu.nonfinite(tensors).tolist() == [False] * 3
     tensors[0][1, 2] = torch.nan
-    assert cpu.which_are_nonfinite(tensors) == [True, False, False]
-    assert cpu.which_are_nonfinite([*tensors, torch.ones(3, dtype=torch.float64)]) is None
+    assert cpu.nonfinite(tensors).tolist() == [True, False, False]
 
 
 def test_nonfinite_gradient_touches_nothing():
@@ -247,13 +240,19 @@ def test_parameter_of_any_layout_gets_the_same_update(layout, precision):
 
 
 def test_what_native_code_does_not_do_is_done_eagerly(updates):
+    dispatch._say_once.cache_clear()
     for options in ({"state_precision": "fp8-block:block_size=4096"}, {"state_precision": "fp4-block"}):
         x = nn.Parameter(torch.ones(8192))
         x.grad = torch.ones(8192)
-        StoSignSGD([x], fused=True, **options).step()
+        optimizer = StoSignSGD([x], fused=True, **options)
+        with pytest.warns(UserWarning, match="fused=True has no effect for some parameters: native code") as caught:
+            optimizer.step()
+        assert caught[0].filename == __file__
+        optimizer.step()  # said once
     x = nn.Parameter(torch.ones(3, dtype=torch.float64))
     x.grad = torch.ones(3, dtype=torch.float64)
-    StoSignSGD([x], fused=True).step()
+    with pytest.warns(UserWarning, match="native code does not take torch.float64 parameters"):
+        StoSignSGD([x], fused=True).step()
     assert updates == []
 
 
@@ -270,7 +269,7 @@ def test_one_compilation_serves_all_shapes_steps_and_learning_rates():
 def test_by_default_it_is_taken_where_it_is_worth_it(updates, monkeypatch):
     train(steps=1)
     assert updates == []
-    monkeypatch.setitem(low_precision.WORTH, "native", 60_000)
+    monkeypatch.setattr(cpu, "WORTH", 60_000)
     train(steps=1)
     assert updates == [("float32", len(SHAPES) - 1)]
 
@@ -286,7 +285,7 @@ def compiler(monkeypatch, tmp_path):
         monkeypatch.setenv("CXX", str(path))
 
     def forget():
-        for cached in (native_library, native_build.find_compiler, cpu.has_native, cpu._library_of):
+        for cached in (native_library, native_build.find_compiler, cpu._library, dispatch._say_once):
             cached.cache_clear()
         native_build._given_up.clear()
         native_build._told.clear()
@@ -301,25 +300,36 @@ def test_without_openmp_it_runs_on_one_thread(compiler):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert_same_bits(steps=2)
+    assert native_library("finite.cpp") is not None
 
 
 @pytest.mark.parametrize("script", ["exit 1", "exit 0"], ids=["that fails", "that makes nothing"])
-def test_without_a_working_compiler_the_step_is_compiled_by_torch_or_eager(compiler, script, monkeypatch):
+def test_without_a_working_compiler_the_step_is_eager_and_warns_once(compiler, script, updates):
     compiler(script)
-    monkeypatch.setattr(low_precision, "has_compiler", lambda: False)
     with pytest.warns(RuntimeWarning, match="No native code could be compiled") as caught:
-        assert_same_bits(steps=1)
+        assert_same_bits(steps=2)
     assert len(caught) == 1
-    assert not cpu.has_native()
-    monkeypatch.setattr(low_precision, "has_compiler", lambda: True)
-    param = torch.zeros(3)
-    assert low_precision._path(param.device, True, 3) == "compiled"
+    assert updates == []
 
 
 def test_eager_steps_compile_nothing(monkeypatch):
-    def look(_):
-        raise AssertionError("looked natively")
+    def look(*_):
+        raise AssertionError("looked for native code")
 
-    monkeypatch.setattr(low_precision, "which_are_nonfinite", look)
-    train(fused=False, steps=1, state_precision=precision_of("fp8"))  # all gradients are known from the next scales
+    monkeypatch.setattr(cpu, "native_library", look)
+    train(fused=False, steps=1, state_precision=precision_of("fp8"))
     StoSignSGD([nn.Parameter(torch.ones(3))]).step()  # there is no gradient
+
+
+def test_kinds_that_it_does_not_implement_are_refused():
+    """By the kind itself: a new option of the kernel, or a combination that no optimizer has yet."""
+
+    @dataclass(frozen=True)
+    class Newer(Kind):
+        nesterov: bool = False
+
+    known = {"stochastic": True, "maximize": False, "decays": False, "precision": FLOAT32, "round_param": False}
+    param = torch.ones(3)
+    for kind in (Kind(momentum=False, envelope=True, **known), Newer(momentum=True, envelope=True, **known)):
+        job = Job(kind, Numbers(0.1, 1.0, 0.1, 1.0), {}, param, param, param, [param, param], [None, None], [])
+        assert cpu.refusal(job) == f"native code does not implement {kind}"

@@ -13,14 +13,10 @@ from torch.distributed.tensor import Shard as Split
 from torch.distributed.tensor.placement_types import _StridedShard
 from torch.testing._internal.distributed.fake_pg import FakeStore  # registers the "fake" backend
 
-from lightning_stosign.optim.kernels import dispatch
-from lightning_stosign.optim.kernels.deferred import DeferredCheck
-from lightning_stosign.optim.kernels.eager import Constants, UpdateSpec
-from lightning_stosign.optim.kernels.job import Job
-from lightning_stosign.optim.numerics.noise import Stream, uniform_noise
+from lightning_stosign import StoSignSGD
+from lightning_stosign.optim.kernels import dispatch, eager
+from lightning_stosign.optim.numerics.noise import Stream, uniform_fraction, uniform_noise
 from lightning_stosign.optim.sharding import local, local_grad, shard_of
-from lightning_stosign.optim.states.state_precision import FLOAT32
-from lightning_stosign.optim.stosign import StoSignRule
 
 
 @pytest.fixture(params=range(4))
@@ -100,22 +96,26 @@ def test_gradients_are_checked_on_a_process_with_an_empty_shard(rank):
     for param in params:
         param.grad = torch.ones_like(param)
     local(params[1].grad)[0, 0] = torch.inf
-    offending = DeferredCheck([(i, param, {"name": i}) for i, param in enumerate(params)]).offending()
-    assert [group["name"] for _, group in offending] == [1]
+    jobs = StoSignSGD(params)._jobs([(i, param, options()) for i, param in enumerate(params)])
+    batches = dispatch.choose(jobs)
+    dispatch.look(batches)
+    assert dispatch.nonfinite_on_device(jobs, batches).tolist() == [0, 1]
+    assert dispatch.nonfinite_on_host(jobs, batches) == [False, True]
 
 
-def test_a_part_across_the_key_s_boundary_draws_the_noise_of_its_elements():
-    start, numel = 2**32 - 700, 2000
-    shard = types.SimpleNamespace(starts=torch.tensor([start]), run=numel)
-    param = torch.zeros(numel)
-    spec = UpdateSpec(StoSignRule(stochastic=True, maximize=False), FLOAT32, round_param=False)
-    keys, state = {Stream.UPDATE: 3}, {"exp_avg": param, "exp_inf": param}
+def options():
+    return StoSignSGD([torch.ones(1, requires_grad=True)]).param_groups[0]
+
+
+@pytest.mark.parametrize("starts", [[2**32 - 700], [2**32 - 1000, 7, 2**34 - 1]])
+def test_a_part_across_the_key_s_boundary_draws_the_noise_of_its_elements(starts):
+    run = 2000 // len(starts)
+    shard = types.SimpleNamespace(starts=torch.tensor(starts), run=run)
+    param = torch.nn.Parameter(torch.zeros(run * len(starts)))
+    param.grad = torch.zeros_like(param)
     with patch("lightning_stosign.optim.kernels.job.shard_of", return_value=shard):
-        job = Job(param, param, param, state, spec, keys, Constants(1, 1, 1, 1), "compiled")
-    assert dispatch._batch_key(job) is None
-    spans = list(dispatch._spans(job))
-    noises = [dispatch._noise(job, first, torch.empty(count // row, row)) for first, count, row in spans]
-    drawn = torch.cat([noise.uniform(Stream.UPDATE).flatten() for noise in noises])
-    assert torch.equal(drawn, uniform_noise(3, numel, start=start))
-    for first, count, row in spans:  # what is compiled has one key
-        assert count < 2 * row or (start + first) >> 32 == (start + first + count - 1) >> 32
+        (job,) = StoSignSGD([param], seed=5, param_rounding="nearest")._jobs([(0, param, {**options(), "seed": 5})])
+    for stream, uniform in ((Stream.UPDATE, uniform_noise), (Stream.ROUND_STATE, uniform_fraction)):
+        job.keys = {stream: 3}
+        drawn = eager._draw(job, 0, param, stream)
+        assert torch.equal(drawn, torch.cat([uniform(3, run, start=start) for start in starts]))

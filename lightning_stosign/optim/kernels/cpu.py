@@ -4,19 +4,19 @@ It gives the eager path's bits.
 """
 
 from array import array
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from ctypes import CDLL, Structure, byref, c_float, c_int32
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from lightning_stosign.optim.kernels.eager import UpdateSpec
-from lightning_stosign.optim.kernels.job import SEGMENT, Job
+from lightning_stosign.optim.kernels.job import SEGMENT, Job, Kind
 from lightning_stosign.optim.kernels.native_build import native_library
 from lightning_stosign.optim.numerics.noise import Stream, hash_words
 from lightning_stosign.optim.states.state_precision import StatePrecision
 
+WORTH = 1_000_000  # below, hundreds of eager steps take less than the compilation
 LONGEST_BLOCK = 2048
 
 _FORMATS = {
@@ -42,19 +42,57 @@ class _Constants(Structure):
     _fields_ = (*((name, c_float) for name in ("lr", "decay", "weight", "beta2", "fixed_scale")), ("row", c_int32))
 
 
-@lru_cache(maxsize=1)
-def has_native() -> bool:
-    """Return whether this machine compiles C++, by compiling the check of gradients."""
-    return native_library("finite.cpp") is not None
+def refusal(job: Job) -> str | None:
+    """Return why native code does not take a job, or None: :meth:`Backend.refusal`. It is compiled on the way."""
+    kind = job.kind
+    if not _implements(kind):
+        return f"native code does not implement {kind}"
+    if job.start is None:
+        return "native code does not take a parameter that is sharded along another dimension than its first"
+    if job.param.dtype not in _INFINITY or kind.precision.dtype not in _FORMATS:
+        return f"native code does not take {job.param.dtype} parameters with states in {kind.precision.dtype}"
+    if job.param.dtype != job.grad.dtype:
+        return f"native code does not take {job.grad.dtype} gradients of {job.param.dtype} parameters"
+    if kind.precision.scaling == "block":
+        if kind.precision.block_size > LONGEST_BLOCK:
+            return f"native code takes blocks of up to {LONGEST_BLOCK} values, not {kind.precision.block_size}"
+        if job.param.numel() > SEGMENT:
+            return f"native code does not take states in blocks of a parameter with {job.param.numel()} values"
+    return None if _library(kind, job.param.dtype) is not None else ""  # the user has been told why
 
 
-def which_are_nonfinite(tensors: Sequence[Tensor]) -> list[bool] | None:
-    """Return for each tensor whether it holds inf or NaN; None where native code cannot tell."""
+def largest(jobs: Sequence[Job]) -> Tensor:
+    """Look at jobs of one kind: :meth:`Backend.largest`."""
+    if not jobs[0].kind.has_tensor_scale:
+        flags = nonfinite([job.grad for job in jobs])
+        return torch.where(flags, torch.inf, 0.0).unsqueeze(1)
+    counts = [len(_segments(job)) for job in jobs]
+    found = torch.zeros((sum(counts), len(_STATES)), dtype=torch.float32, device="cpu")
+    _call("largest", jobs, [_contiguous(job) for job in jobs], None, found.data_ptr())
+    return torch.stack([of_job.amax(dim=0) for of_job in found.split(counts)])[:, : len(jobs[0].kind.states)]
+
+
+def update(jobs: Sequence[Job], scales: Tensor | None, found_inf: Tensor | None) -> None:
+    """Update jobs of one kind: :meth:`Backend.update`."""
+    if found_inf is not None and bool(found_inf != 0):
+        return
+    tensors = [_contiguous(job) for job in jobs]
+    _call("update", jobs, tensors, scales)
+    for job, (param, _, *states) in zip(jobs, tensors, strict=True):
+        for tensor, values in zip((job.param, *job.stored), (param, *states), strict=True):
+            if values is not tensor:
+                tensor.copy_(values)
+    # Autograd does not see what native code writes, and would use a parameter that it saved before the step.
+    torch.autograd.graph.increment_version([job.param for job in jobs])
+
+
+def nonfinite(tensors: Sequence[Tensor]) -> Tensor:
+    """Return for each float32, bfloat16 or float16 tensor whether it holds inf or NaN: bool, on the CPU."""
     library = native_library("finite.cpp")
-    if library is None or not all(t.device.type == "cpu" and t.dtype in _INFINITY for t in tensors):
-        return None
     dense = [tensor.contiguous() for tensor in tensors]
-    flags = [False] * len(dense)
+    flags = torch.zeros(len(dense), dtype=torch.bool, device="cpu")
+    if library is None:  # though that of the step was compiled
+        return torch.tensor([not bool(tensor.isfinite().all()) for tensor in dense], dtype=torch.bool, device="cpu")
     for dtype in {tensor.dtype for tensor in dense}:
         numbers = [i for i, tensor in enumerate(dense) if tensor.dtype == dtype]
         addresses = array("Q", [dense[i].data_ptr() for i in numbers])
@@ -67,52 +105,18 @@ def which_are_nonfinite(tensors: Sequence[Tensor]) -> list[bool] | None:
     return flags
 
 
-def is_native(job: Job) -> bool:
-    """Return whether there is native code for a job; it is compiled on the way."""
-    if job.path != "native" or job.start is None or job.param.dtype != job.grad.dtype:
-        return False
-    if job.constants.finite is not True:  # the host does not know yet
-        return False
-    if job.spec.precision.scaling == "block" and job.param.numel() > SEGMENT:
-        return False
-    return _library(job) is not None
-
-
-def update(jobs: Sequence[Job], new_scales: Mapping[int, Tensor]) -> None:
-    """Run :meth:`UpdateSpec.update` on jobs of a kind.
-
-    Args:
-        jobs: for which :func:`is_native`, with the same spec, constants and dtype of the parameter.
-        new_scales: of the states under ``scaling="tensor"``, float32 ``[states]``, by the job's id.
-    """
-    tensors = [_contiguous(job) for job in jobs]
-    _call("update", jobs, tensors, new_scales)
-    for job, (param, _, *states) in zip(jobs, tensors, strict=True):
-        for tensor, values in zip((job.param, *job.stored), (param, *states), strict=True):
-            if values is not tensor:
-                tensor.copy_(values)
-
-
-def largest(jobs: Sequence[Job]) -> Tensor:
-    """Run :meth:`UpdateSpec.largest` on jobs of a kind, as above: float32 ``[jobs, states]``."""
-    counts = [len(_segments(job)) for job in jobs]
-    found = torch.zeros(sum(counts), len(_STATES), dtype=torch.float32, device="cpu")
-    _call("largest", jobs, [_contiguous(job) for job in jobs], {}, found.data_ptr())
-    return torch.stack([of_job.amax(dim=0) for of_job in found.split(counts)])[:, : len(jobs[0].spec.rule.states)]
-
-
 def _call(
     function: str,
     jobs: Sequence[Job],
     tensors: Sequence[Sequence[Tensor]],
-    new_scales: Mapping[int, Tensor],
+    scales: Tensor | None,
     *more: int,
 ) -> None:
     """Call a function of csrc/step.cpp on jobs of a kind, with each job's :func:`_contiguous` tensors."""
-    table, constants = _table(jobs, tensors, new_scales), _constants(jobs[0])
+    library = _library(jobs[0].kind, jobs[0].param.dtype)
+    table, constants = _table(jobs, tensors, scales), _constants(jobs[0])
     threads = _threads(job.param.numel() for job in jobs)
-    run = getattr(_library(jobs[0]), function)
-    run(_address(table), len(table) // _COLUMNS, byref(constants), threads, *more)
+    getattr(library, function)(_address(table), len(table) // _COLUMNS, byref(constants), threads, *more)
 
 
 def _contiguous(job: Job) -> list[Tensor]:
@@ -126,51 +130,61 @@ def _segments(job: Job) -> list[tuple[int, int]]:
     return [(first, end - first) for first, end in zip([0, *ends], ends, strict=False)]
 
 
-def _table(jobs: Sequence[Job], tensors: Sequence[Sequence[Tensor]], new_scales: Mapping[int, Tensor]) -> "array[int]":
+def _table(jobs: Sequence[Job], tensors: Sequence[Sequence[Tensor]], scales: Tensor | None) -> "array[int]":
     """Return what csrc/step.cpp calls a Run for each segment of each job: addresses, and the noise's words."""
-    streams = [stream if stream in jobs[0].spec.streams else None for stream in _STREAMS]
-    missing = _NO_STATE * (len(_STATES) - len(jobs[0].spec.rule.states))
+    kind = jobs[0].kind
+    streams = [stream if stream in kind.streams else None for stream in _STREAMS]
+    missing = _NO_STATE * (len(_STATES) - len(kind.states))
+    new_scales = 0 if scales is None else scales.data_ptr()
     table: list[int] = []
     for job, (param, grad, *states) in zip(jobs, tensors, strict=True):
-        new = new_scales.get(id(job))
         for first, count in _segments(job):
             at = first * param.element_size()
             table += (param.data_ptr() + at, grad.data_ptr() + at, count)
             for i, (stored, scale) in enumerate(zip(states, job.scales, strict=True)):
                 table.append(stored.data_ptr() + first * stored.element_size())
                 table.append(0 if scale is None else scale.data_ptr())
-                table.append(0 if new is None else new.data_ptr() + 4 * i)
+                table.append(new_scales and new_scales + 4 * i)
             table += missing
             for stream in streams:
                 origin, key = (0, 0) if stream is None else hash_words(job.keys[stream], (job.start or 0) + first)
                 table.append((origin & _MASK32) | (key & _MASK32) << 32)
+        new_scales = new_scales and new_scales + 4 * len(kind.states)
     return array("Q", table)
 
 
 def _constants(job: Job) -> _Constants:
-    precision = job.spec.precision
+    precision = job.kind.precision
     row = precision.block_size if precision.scaling == "block" else _ROW
-    lr, decay, weight, beta2, _ = job.constants
+    lr, decay, weight, beta2 = job.numbers
     return _Constants(float(lr), float(decay), float(weight), float(beta2), precision.static_scale, row)
 
 
-def _library(job: Job) -> CDLL | None:
-    return _library_of(job.spec, job.param.dtype, job.constants.beta2 != 1)
+@lru_cache(maxsize=256)
+def _implements(kind: Kind) -> bool:
+    """Return whether csrc/step.cpp has the kind's formulas: not those of an option that it has never heard of."""
+    known = Kind(
+        momentum=kind.momentum,
+        envelope=kind.envelope,
+        stochastic=kind.stochastic,
+        maximize=kind.maximize,
+        decays=kind.decays,
+        precision=kind.precision,
+        round_param=kind.round_param,
+    )
+    return kind == known and (kind.momentum or not kind.envelope)
 
 
 @lru_cache(maxsize=256)
-def _library_of(spec: UpdateSpec, dtype: torch.dtype, decays: bool) -> CDLL | None:
-    precision, streams = spec.precision, spec.streams
-    if dtype not in _INFINITY or precision.dtype not in _FORMATS:
-        return None
-    if precision.scaling == "block" and precision.block_size > LONGEST_BLOCK:
-        return None
+def _library(kind: Kind, dtype: torch.dtype) -> CDLL | None:
+    """Return the step for a kind that this module takes and a parameter's dtype."""
+    precision, streams = kind.precision, kind.streams
     choices = {
-        "MOMENTUM": "exp_avg" in spec.rule.states,
-        "ENVELOPE": "exp_inf" in spec.rule.states,
-        "MAXIMIZE": spec.rule.maximize,
-        "STOCHASTIC": Stream.UPDATE in streams,
-        "DECAYS": decays,
+        "MOMENTUM": kind.momentum,
+        "ENVELOPE": kind.envelope,
+        "MAXIMIZE": kind.maximize,
+        "STOCHASTIC": kind.stochastic,
+        "DECAYS": kind.decays,
         "ROUND_STATE": Stream.ROUND_STATE in streams,
         "ROUND_DECAYED": Stream.ROUND_ENVELOPE in streams,
         "ROUND_PARAM": Stream.ROUND_PARAM in streams,

@@ -1,46 +1,44 @@
 """Checking gradients on an accelerator without making the host wait."""
 
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from lightning_stosign.optim.sharding import local_grad, max_over_shards
+from lightning_stosign.optim.kernels.job import Job
 
 
-def defers(updates: list[tuple[int, Tensor, dict[str, Any]]]) -> bool:
+def defers(jobs: Sequence[Job]) -> bool:
     """Return whether the answer would have to come from one accelerator."""
-    devices = {param.device for _, param, _ in updates}
+    devices = {job.param.device for job in jobs}
     return len(devices) == 1 and devices.pop().type != "cpu"
 
 
 class DeferredCheck:
-    """Whether all gradients of a step are finite: known on their device at once, on the host when it next asks.
+    """Which gradients of a step are not finite: known on their device at once, on the host when it next asks.
 
     Args:
-        updates: (index, parameter, group) of the parameters with gradients, on one device.
+        nonfinite: float32 ``[gradients]`` of 0 and 1, on their device, the same on all processes.
+        found_inf: what a GradScaler has found, float32 ``[]``, where one is used: it deals with that itself.
     """
 
-    def __init__(self, updates: list[tuple[int, Tensor, dict[str, Any]]]) -> None:
-        grads = [local_grad(param) for _, param, _ in updates]
-        grads = [grad if grad.numel() > 0 else grad.new_zeros(1) for grad in grads]  # an empty shard has no norm
-        nonfinite = torch.stack(torch._foreach_norm(grads, torch.inf)).isfinite().logical_not().to(torch.float32)
-        max_over_shards((param, flag) for (_, param, _), flag in zip(updates, nonfinite.unbind(), strict=True))
-        finite = nonfinite == 0
-        self.finite = finite.all()
-        """0-dimensional bool tensor, on the gradients' device."""
-        self._updates = [(param, group) for _, param, group in updates]
-        self._each = finite.to("cpu", non_blocking=True)
+    def __init__(self, nonfinite: Tensor, found_inf: Tensor | None) -> None:
+        scaler = nonfinite.new_zeros(1) if found_inf is None else found_inf.to(nonfinite).reshape(1)
+        each = torch.cat([nonfinite, scaler])
+        self.found_inf = each.amax()
+        """float32 ``[]`` on the gradients' device: not 0 if the step is not to be taken."""
+        self._each = each.to("cpu", non_blocking=True)
         self._copied: torch.Event | None = None
-        if finite.device.type != "cpu":
-            self._copied = torch.Event(finite.device.type)
+        if each.device.type != "cpu":
+            self._copied = torch.Event(each.device.type)
             self._copied.record()
 
-    def offending(self) -> list[tuple[Tensor, dict[str, Any]]]:
-        """Return (parameter, group) of the gradients that were not finite.
+    def answer(self) -> tuple[bool, list[bool]]:
+        """Return whether the step was taken, and which gradients are to be reported as not finite.
 
-        Waits for the device to have finished the step that was checked, not for anything queued after it.
+        Waits for the device to have checked them, not for anything queued after that.
         """
         if self._copied is not None:
             self._copied.synchronize()
-        return [update for update, ok in zip(self._updates, self._each.tolist(), strict=True) if not ok]
+        *each, scaler = self._each.tolist()
+        return not any(each) and not scaler, [bool(flag) and not scaler for flag in each]

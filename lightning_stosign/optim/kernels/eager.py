@@ -1,311 +1,249 @@
-"""The arithmetic of one step on rows of values: one source for the eager and the compiled path, and the same bits."""
+"""The reference: the formulas on plain tensors, in the paper's order and notation, on any device.
 
-from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+States are decoded before the formulas and encoded after them (:mod:`lightning_stosign.optim.states.codec`). Large
+tensors go through in pieces that stay in the cache.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_stosign.optim.numerics.fp8 import decode, encode, widen
+from lightning_stosign._torch_private import foreach_norm
+from lightning_stosign.optim.kernels.job import Job, Kind, Numbers
 from lightning_stosign.optim.numerics.noise import (
     Stream,
-    fraction_from_bits,
-    hash_bits,
-    noise_from_bits,
+    fraction_of_runs,
+    noise_of_runs,
     uniform_fraction,
     uniform_noise,
 )
-from lightning_stosign.optim.numerics.rounding import (
-    nearest_in_float32,
-    power_of_two_scale,
-    round_stochastically,
-    round_to_nearest,
-    round_up,
-)
-from lightning_stosign.optim.states.state_precision import FP8_DTYPES, StatePrecision
+from lightning_stosign.optim.numerics.rounding import round_stochastically
+from lightning_stosign.optim.states.codec import Codec, Fp4Codec
+from lightning_stosign.optim.states.state_precision import FP8_DTYPES
+
+WORTH = 0
+
+# Values in a piece: on the CPU 1 MiB of float32.
+_PIECE, _ACCELERATOR_PIECE = 1 << 18, 1 << 26
 
 
-class Constants(NamedTuple):
-    """The numbers of a step: Python numbers, or 0-dimensional tensors so that a change of one does not recompile."""
-
-    lr: Any
-    decay: Any  # 1 - lr * weight_decay
-    weight: Any  # 1 - beta1, the gradient's share of the momentum
-    beta2: Any  # the envelope's decay
-    finite: Any = True  # a bool tensor where the host does not wait for it: whether to take the step at all
+# The formulas. Arguments that end up in the result's memory come first.
 
 
-class Noise(ABC):
-    """What rows draw: a value an element, a pure function of the stream's key and the element's index."""
-
-    @abstractmethod
-    def uniform(self, stream: Stream) -> Tensor:
-        """Return ``n ~ Unif(-1, 1)`` in the rows' shape."""
-
-    @abstractmethod
-    def fraction(self, stream: Stream) -> Tensor:
-        """Return ``r ~ Unif[0, 1)`` in the rows' shape."""
+def momentum(m: Tensor, g: Tensor, weight: float) -> Tensor:
+    """m_t = beta1 m_{t-1} + (1 - beta1) g_t, with the weight 1 - beta1."""
+    return m.add_((g - m).mul_(weight))
 
 
-class RunNoise(Noise):
-    """The noise of consecutive elements of one parameter, hashed in place.
-
-    Args:
-        keys: a noise key a stream.
-        start: the first element's index.
-        like: the rows.
-    """
-
-    def __init__(self, keys: dict[Stream, int], start: int, like: Tensor) -> None:
-        self._keys, self._start, self._like = keys, start, like
-
-    def uniform(self, stream: Stream) -> Tensor:
-        """Return noise in the rows' shape."""
-        like = self._like
-        return uniform_noise(self._keys[stream], like.numel(), start=self._start, device=like.device).view(like.shape)
-
-    def fraction(self, stream: Stream) -> Tensor:
-        """Return fractions in the rows' shape."""
-        like = self._like
-        values = uniform_fraction(self._keys[stream], like.numel(), start=self._start, device=like.device)
-        return values.view(like.shape)
+def decayed(G: Tensor, beta2: float) -> Tensor:
+    """beta2 G_{t-1}: all of it in Algorithm 3, less in Algorithm 11."""
+    return G.mul_(beta2) if beta2 != 1 else G
 
 
-class RowNoise(Noise):
-    """The noise of rows that each have their own key and first index; made of torch operations, to be compiled.
+def envelope(G: Tensor, m: Tensor, beta2: float) -> Tensor:
+    """G_t = max(beta2 G_{t-1}, |m_t|)."""
+    return decayed(G, beta2).clamp_min_(m.abs())
+
+
+def stochastic_sign(n: Tensor, m: Tensor, G: Tensor) -> Tensor:
+    """sign(m_t + G_t n_t) for n_t ~ Unif(-1, 1), of Algorithm 3."""
+    return n.mul_(G).add_(m).sign_()
+
+
+def mean_sign(m: Tensor, G: Tensor) -> Tensor:
+    """m_t / G_t, the mean of that, of Algorithm 10; 0 where G_t = 0."""
+    return torch.where(G == 0, 0.0, m / G)
+
+
+def descend(x: Tensor, direction: Tensor, lr: Any, decay: Any) -> Tensor:
+    """x_{t+1} = x_t - lr direction - lr lambda x_t, with the decay 1 - lr lambda."""
+    if isinstance(decay, Tensor) or decay != 1:
+        x.mul_(decay)
+    return x.sub_(direction.mul_(lr))
+
+
+def step(
+    x: Tensor,
+    g: Tensor,
+    m: Codec | None,
+    G: Codec | None,
+    kind: Kind,
+    numbers: Numbers,
+    draw: Callable[[Stream], Tensor],
+) -> Tensor:
+    """One step of StoSignSGD or SignSGD on some values of a parameter, in float32 or float64.
 
     Args:
-        streams: the streams in ``words``.
-        words: int32, ``[rows, 2 * streams]``: the ``hash_words`` of each row's parameter.
-        sequence: int32, ``[rows]``: the Weyl sequence at each row's first element.
-        row: the Weyl sequence of a row's elements, int32.
+        x: the parameter's values, changed in place.
+        g: the gradient's values.
+        m: the momentum; None if there is none.
+        G: the envelope; None if there is none.
+        kind: which step.
+        numbers: its numbers.
+        draw: returns the noise of a stream, a new tensor: in (-1, 1) for the update, in [0, 1) for rounding.
+
+    Returns:
+        ``x``.
     """
+    lr, decay, weight, beta2 = numbers
+    m_t = -g if kind.maximize else g
+    if m is not None:
+        fraction = draw(Stream.ROUND_STATE) if Stream.ROUND_STATE in kind.streams else None
+        m_t = m.encode(momentum(m.decode(), m_t, weight), fraction)
+    if G is None:
+        return descend(x, m_t.sign(), lr, decay)
+    # Of m_t as it was stored, so that G_t covers it.
+    if Stream.ROUND_ENVELOPE in kind.streams:
+        G_t = G.encode_decayed(decayed(G.decode(), beta2), m_t.abs(), draw(Stream.ROUND_ENVELOPE))
+    else:
+        G_t = G.encode_up(envelope(G.decode(), m_t, beta2))
+    if kind.stochastic:
+        return descend(x, stochastic_sign(draw(Stream.UPDATE).to(m_t.dtype), m_t, G_t), lr, decay)
+    return descend(x, mean_sign(m_t, G_t), lr, decay)
 
-    def __init__(self, streams: Sequence[Stream], words: Tensor, sequence: Tensor, row: Tensor) -> None:
-        self._streams, self._words, self._sequence, self._row = tuple(streams), words, sequence, row
 
-    def _bits(self, stream: Stream) -> Tensor:
-        at = 2 * self._streams.index(stream)
-        origin, high = (self._words[:, i].unsqueeze(1) for i in (at, at + 1))
-        return hash_bits(self._sequence.unsqueeze(1) + self._row, origin, high)
-
-    def uniform(self, stream: Stream) -> Tensor:
-        """Return noise in the rows' shape."""
-        return noise_from_bits(self._bits(stream))
-
-    def fraction(self, stream: Stream) -> Tensor:
-        """Return fractions in the rows' shape."""
-        return fraction_from_bits(self._bits(stream))
+# The backend: jobs in, pieces through the formulas.
 
 
-class StoredRows:
-    """Rows of one state during its update.
+def refusal(job: Job) -> None:
+    """Return None: the reference takes every job."""
 
-    Args:
-        stored: ``[rows, ...]`` in the storage's dtype, FP8 to be compiled as its bits in int8; changed in place.
-        precision: how they are stored.
-        scale: float32: 0-dimensional under ``scaling="tensor"``, ``[rows]`` under ``"block"`` (changed in place: a
-            row is a block), else None.
-        new_scale: under ``scaling="tensor"`` the scale to store with.
-        compute_dtype: float32, or float64 for a float64 parameter.
-    """
 
-    def __init__(
-        self,
-        stored: Tensor,
-        precision: StatePrecision,
-        scale: Tensor | None,
-        new_scale: Tensor | None,
-        compute_dtype: torch.dtype,
-    ) -> None:
-        self._stored, self._precision, self._scale, self._new_scale = stored, precision, scale, new_scale
-        self._in_place, self._compute_dtype = stored.dtype == compute_dtype, compute_dtype
-        self._as_bits = stored.dtype == torch.int8
-        self._dtype = precision.dtype if self._as_bits else stored.dtype
+def largest(jobs: Sequence[Job]) -> Tensor:
+    """Look at jobs of one kind: :meth:`Backend.largest`."""
+    if jobs[0].kind.has_tensor_scale:
+        return torch.stack([_largest(job) for job in jobs])
+    grads = [job.grad for job in jobs]
+    if grads[0].device.type != "cpu":
+        grads = [grad if grad.numel() > 0 else grad.new_zeros(1) for grad in grads]  # an empty shard has no norm
+        return torch.stack(foreach_norm(grads, torch.inf)).to(torch.float32).unsqueeze(1)
+    # Not finite if one value is not, but not only then; several times faster there than a largest magnitude.
+    sums = [grad.sum(dtype=torch.promote_types(torch.float32, grad.dtype)) for grad in grads]
+    return torch.stack(sums).to(torch.float32).unsqueeze(1)
 
-    def read(self) -> Tensor:
-        """Return the values, to be changed in place and then handed to a write method."""
-        if self._in_place:
-            return self._stored
-        value = decode(self._stored, self._dtype) if self._as_bits else self._widened(self._stored)
-        if self._precision.scaling == "none":
-            static_scale = self._precision.static_scale
-            return value.mul_(1 / static_scale) if static_scale != 1 else value
-        assert self._scale is not None
-        return value.mul_(self._per_value(self._scale))
 
-    def write(self, value: Tensor, noise: Noise) -> Tensor:
-        """Store values to nearest, or at random if the precision says so; return them as stored."""
-        if self._in_place:
-            return value
-        scaled, scale = self._scaled(value)
-        if self._precision.stochastic_rounding and self._dtype.itemsize < 4:
-            rounded = round_stochastically(scaled, self._dtype, noise.fraction(Stream.ROUND_STATE))
+def update(jobs: Sequence[Job], scales: Tensor | None, found_inf: Tensor | None) -> None:
+    """Update jobs of one kind: :meth:`Backend.update`."""
+    for i, job in enumerate(jobs):
+        flat = _flat(job)
+        for first, count, row in _pieces(job):
+            piece = _piece(job, flat, first, count, row)
+            if found_inf is None:
+                _update(job, piece, first, row, None if scales is None else scales[i])
+                continue
+            changed = [None if part is None else part.clone() for part in piece]
+            _update(job, changed, first, row, None if scales is None else scales[i])
+            for part, new in zip(piece, changed, strict=True):
+                if part is not None and new is not None:
+                    part, new = (t.view(torch.uint8) if t.dtype in FP8_DTYPES else t for t in (part, new))
+                    part.copy_(torch.where(found_inf == 0, new, part))
+        for tensor, values in zip((job.param, job.grad, *job.stored), flat, strict=True):
+            if not tensor.is_contiguous() and tensor is not job.grad:
+                tensor.copy_(values.view(tensor.shape))
+
+
+def _largest(job: Job) -> Tensor:
+    """Return the largest |m_t| and beta2 G_{t-1} of this process's values: float32, one value per state."""
+    kind, flat = job.kind, _flat(job)
+    found = [torch.zeros(len(job.stored), dtype=torch.float32, device=job.param.device)]  # a shard without values
+    for first, count, row in _pieces(job):
+        x, g, *states = _piece(job, flat, first, count, row)
+        assert x is not None and g is not None
+        g = g.to(torch.promote_types(x.dtype, torch.float32))
+        m, G = _codecs(job, states, x, row, None)
+        values = []
+        if m is not None:
+            values.append(momentum(m.decode(), -g if kind.maximize else g, job.numbers.weight).abs().amax())
+        if G is not None:
+            values.append(decayed(G.decode(), job.numbers.beta2).amax())
+        found.append(torch.stack(values).to(torch.float32))
+    return torch.stack(found).amax(dim=0)
+
+
+def _update(job: Job, piece: Sequence[Any], first: int, row: int, new_scales: Tensor | None) -> None:
+    """Take a step on the values of a piece, the first of which is at a position in this process's part."""
+    x, g, *states = piece
+    kind, compute_dtype = job.kind, torch.promote_types(x.dtype, torch.float32)
+    m, G = _codecs(job, states, x, row, new_scales)
+    draw = partial(_draw, job, first, x)
+    value = step(x.to(compute_dtype), g.to(compute_dtype), m, G, kind, job.numbers, draw)
+    if value.dtype == x.dtype:
+        return
+    if kind.round_param:
+        # A step of lr is often below half the spacing of the parameter's numbers, and would be lost each time.
+        value = round_stochastically(value, x.dtype, draw(Stream.ROUND_PARAM))
+    x.copy_(value)
+
+
+def _draw(job: Job, first: int, like: Tensor, stream: Stream) -> Tensor:
+    """Return a stream's noise for a piece."""
+    key, numel, device = job.keys[stream], like.numel(), like.device
+    if job.start is not None:
+        uniform = uniform_noise if stream is Stream.UPDATE else uniform_fraction
+        return uniform(key, numel, start=job.start + first, device=device).view(like.shape)
+    shard = job.shard
+    assert shard is not None
+    starts = shard.starts[first // shard.run : (first + numel) // shard.run]
+    of_runs = noise_of_runs if stream is Stream.UPDATE else fraction_of_runs
+    return of_runs(key, starts, shard.run, device=device).view(like.shape)
+
+
+def _flat(job: Job) -> list[Tensor]:
+    """Return parameter, gradient and states in one dimension: views of them where they are contiguous."""
+    return [tensor.reshape(-1) for tensor in (job.param, job.grad, *job.stored)]
+
+
+def _pieces(job: Job) -> Iterator[tuple[int, int, int]]:
+    """Yield the position of a piece's first value, its number of values, and how many of them are in a row."""
+    total = job.param.numel()
+    piece = _PIECE if job.param.device.type == "cpu" else _ACCELERATOR_PIECE
+    if job.kind.precision.scaling == "block":
+        row = job.kind.precision.block_size
+        whole, piece = total // row * row, max(piece // row, 1) * row
+        for first in range(0, whole, piece):
+            yield first, min(piece, whole - first), row
+        if whole < total:
+            yield whole, total - whole, total - whole
+        return
+    if job.start is None and job.shard is not None:  # whole runs
+        piece = max(piece // job.shard.run, 1) * job.shard.run
+    for first in range(0, total, piece):
+        count = min(piece, total - first)
+        yield first, count, count
+
+
+def _piece(job: Job, flat: Sequence[Tensor], first: int, count: int, row: int) -> list[Tensor | None]:
+    """Return views of a piece of parameter, gradient and states, and its part of the states' scales."""
+    precision = job.kind.precision
+    if precision.scaling != "block":
+        if count == len(flat[0]):
+            return [*flat, *job.scales]
+        return [*(tensor[first : first + count] for tensor in flat), *job.scales]
+    size = precision.block_size
+    blocks = slice(first // size, -(-(first + count) // size))
+    in_rows = flat[:2] if precision.is_fp4 else flat
+    packed = [tensor.view(-1, size // 2)[blocks] for tensor in flat[len(in_rows) :]]
+    scales = [None if scale is None else scale[blocks] for scale in job.scales]
+    return [*(tensor[first : first + count].view(-1, row) for tensor in in_rows), *packed, *scales]
+
+
+def _codecs(
+    job: Job, states: Sequence[Any], x: Tensor, row: int, new_scales: Tensor | None
+) -> tuple[Codec | None, Codec | None]:
+    """Return the momentum and the envelope of a piece, from its stored values and then its scales."""
+    kind, compute_dtype = job.kind, torch.promote_types(x.dtype, torch.float32)
+    count = len(job.stored)
+    codecs: list[Codec] = []
+    for i in range(count):
+        new = None if new_scales is None else new_scales[i]
+        if kind.precision.is_fp4:
+            old = job.tensor_scales[i]
+            codecs.append(Fp4Codec(states[i], kind.precision, states[count + i], old, new, compute_dtype, row))
         else:
-            rounded = (nearest_in_float32 if self._as_bits else round_to_nearest)(scaled, self._dtype)
-        self._store(rounded)
-        return self._unscaled(self._widened(rounded), scale)
-
-    def write_up(self, value: Tensor) -> Tensor:
-        """Store values >= 0 rounded up and return them as stored."""
-        if self._in_place:
-            return value
-        scaled, scale = self._scaled(value)
-        rounded = round_up(scaled, self._dtype) if self._dtype.itemsize < 4 else scaled
-        self._store(rounded)
-        return self._unscaled(rounded.to(self._compute_dtype), scale)
-
-    def write_decayed(self, value: Tensor, at_least: Tensor, noise: Noise) -> Tensor:
-        """Store values >= 0 rounded at random, or ``at_least`` rounded up where that is more; return them as stored.
-
-        Rounding up would undo a decay that does not reach the next lower number, at every step again.
-        """
-        if self._in_place or self._dtype.itemsize >= 4:
-            return self.write_up(value.clamp_min_(at_least))
-        scale = self._next_scale(torch.maximum(value, at_least))
-        fraction = noise.fraction(Stream.ROUND_ENVELOPE)
-        at_random = round_stochastically(self._divided(value, scale), self._dtype, fraction)
-        rounded = torch.maximum(at_random, round_up(self._divided(at_least, scale), self._dtype))
-        self._store(rounded)
-        return self._unscaled(rounded.to(self._compute_dtype), scale)
-
-    def _widened(self, value: Tensor) -> Tensor:
-        return (widen(value) if value.dtype in FP8_DTYPES else value).to(self._compute_dtype)
-
-    def _store(self, rounded: Tensor) -> None:
-        self._stored.copy_(encode(rounded, self._dtype) if self._as_bits else rounded)
-
-    def _scaled(self, value: Tensor) -> tuple[Tensor, Tensor | None]:
-        scale = self._next_scale(value)
-        return self._divided(value, scale), scale
-
-    def _next_scale(self, value: Tensor) -> Tensor | None:
-        """Return the scale to store values with; a block's is stored itself."""
-        if self._precision.scaling != "block":
-            return self._new_scale
-        assert self._scale is not None
-        amax = value.to(torch.float32).abs().amax(dim=tuple(range(1, value.dim())))
-        scale = power_of_two_scale(amax, torch.finfo(self._dtype).max)
-        self._scale.copy_(scale)
-        return scale
-
-    def _divided(self, value: Tensor, scale: Tensor | None) -> Tensor:
-        value = value.to(torch.float32)
-        if scale is not None:
-            return value * self._per_value(1 / scale)
-        static_scale = self._precision.static_scale
-        return value * static_scale if static_scale != 1 else value
-
-    def _unscaled(self, rounded: Tensor, scale: Tensor | None) -> Tensor:
-        if scale is not None:
-            return rounded * self._per_value(scale)
-        static_scale = self._precision.static_scale
-        return rounded * (1 / static_scale) if static_scale != 1 else rounded
-
-    def _per_value(self, scale: Tensor) -> Tensor:
-        return scale.view(-1, *(1 for _ in self._stored.shape[1:])) if self._precision.scaling == "block" else scale
-
-
-class Rule(ABC):
-    """An optimizer's update rule; a frozen dataclass of its choices, so that a kernel can be kept for each."""
-
-    maximize: bool
-
-    @property
-    @abstractmethod
-    def states(self) -> tuple[str, ...]:
-        """The names of its states."""
-
-    @property
-    @abstractmethod
-    def gives_signs(self) -> bool:
-        """Whether each value of the direction is -1, 0 or 1."""
-
-    @abstractmethod
-    def streams(self) -> tuple[Stream, ...]:
-        """Return the noise that the direction draws, besides that of the rounding."""
-
-    @abstractmethod
-    def direction(self, grad: Tensor, states: Sequence[StoredRows], noise: Noise, constants: Constants) -> Tensor:
-        """Update the states and return the direction to step against, a new tensor that may be changed."""
-
-    @abstractmethod
-    def largest(self, grad: Tensor, states: Sequence[StoredRows], constants: Constants) -> Tensor:
-        """Return, changing nothing, what :meth:`cover` needs to know of the next states: float32 ``[states]``."""
-
-    @abstractmethod
-    def cover(self, largest: Tensor, precision: StatePrecision) -> Tensor:
-        """Return each state's next scale under ``scaling="tensor"``, from the :meth:`largest` of all its rows."""
-
-
-@dataclass(frozen=True)
-class UpdateSpec:
-    """All that a compiled step is specialised on, besides dtypes."""
-
-    rule: Rule
-    precision: StatePrecision
-    round_param: bool  # stochastically, a parameter of less than float32
-    streams: tuple[Stream, ...] = field(init=False, compare=False)
-    """The streams that are drawn from."""
-
-    def __post_init__(self) -> None:
-        rounding = ((Stream.ROUND_STATE, self.precision.stochastic_rounding), (Stream.ROUND_PARAM, self.round_param))
-        streams = self.rule.streams() + tuple(stream for stream, used in rounding if used)
-        object.__setattr__(self, "streams", streams)
-
-    def stored(
-        self,
-        param: Tensor,
-        states: Sequence[Tensor],
-        scales: Sequence[Tensor | None],
-        new_scales: Tensor | None = None,
-    ) -> list[StoredRows]:
-        """Return the rows of the states; ``scales`` and ``new_scales`` as in :class:`StoredRows`."""
-        compute_dtype = torch.promote_types(param.dtype, torch.float32)
-        return [
-            StoredRows(
-                stored,
-                self.precision,
-                scale,
-                None if new_scales is None else new_scales[i],
-                compute_dtype,
-            )
-            for i, (stored, scale) in enumerate(zip(states, scales, strict=True))
-        ]
-
-    def update(
-        self, param: Tensor, grad: Tensor, states: Sequence[StoredRows], noise: Noise, constants: Constants
-    ) -> None:
-        """Update rows of a parameter and of its states in place: ``x = x - lr * weight_decay * x - lr * direction``."""
-        grad = usable(grad, param, constants)
-        direction = self.rule.direction(grad, states, noise, constants)
-        in_place = param.dtype in (torch.float32, torch.float64)
-        value = param if in_place else param.to(torch.float32)
-        if not is_one(constants.decay):
-            value.mul_(constants.decay)
-        if self.rule.gives_signs and not isinstance(constants.lr, Tensor):
-            value.sub_(direction, alpha=constants.lr)  # one pass instead of two: times a sign is exact
-        else:
-            value.sub_(direction.mul_(constants.lr))
-        if self.round_param and not in_place:
-            # A step of lr is often below half the spacing of the parameter's numbers, and would be lost each time.
-            value = round_stochastically(value, param.dtype, noise.fraction(Stream.ROUND_PARAM))
-        if not in_place:
-            param.copy_(value)
-
-    def largest(self, param: Tensor, grad: Tensor, states: Sequence[StoredRows], constants: Constants) -> Tensor:
-        """Return :meth:`Rule.largest` of these rows."""
-        return self.rule.largest(usable(grad, param, constants), states, constants)
-
-
-def usable(grad: Tensor, param: Tensor, constants: Constants) -> Tensor:
-    """Return the gradient in the dtype to compute in, and 0 in a step that is not to be taken."""
-    grad = grad.to(torch.promote_types(param.dtype, torch.float32))
-    return grad if constants.finite is True else torch.where(constants.finite, grad, 0.0)
-
-
-def is_one(factor: Any) -> bool:
-    """Return whether a constant is the number 1, so that a pass can be spared."""
-    return not isinstance(factor, Tensor) and factor == 1
+            codecs.append(Codec(states[i], kind.precision, states[count + i], new, compute_dtype))
+    m = codecs.pop(0) if kind.momentum else None
+    G = codecs.pop(0) if kind.envelope else None
+    return m, G

@@ -106,6 +106,26 @@ def uniform_fraction(key: int, numel: int, *, start: int = 0, device: torch.devi
     return fraction
 
 
+def noise_of_runs(key: int, starts: Tensor, run: int, *, device: torch.device) -> Tensor:
+    """Return the noise ``n ~ Unif(-1, 1)`` of elements that are not consecutive, but in runs.
+
+    Args:
+        key: from :func:`noise_key`.
+        starts: int64 on the CPU, ``[runs]``: each run's first element index.
+        run: the number of consecutive elements in a run.
+        device: where to put the values.
+
+    Returns:
+        float32 tensor of shape ``[runs, run]``: the values of :func:`uniform_noise` at these elements.
+    """
+    return noise_from_bits(_hashed_runs(key, starts, run, device))
+
+
+def fraction_of_runs(key: int, starts: Tensor, run: int, *, device: torch.device) -> Tensor:
+    """Return ``r ~ Unif[0, 1)`` of elements in runs: the values of :func:`uniform_fraction`; else as above."""
+    return fraction_from_bits(_hashed_runs(key, starts, run, device))
+
+
 def fair_coins(key: int, numel: int, *, start: int = 0, device: torch.device | str = "cpu") -> Tensor:
     """Return coins ``start`` to ``start + numel`` of ``key``: one side is 0 and more, the other less. Four of a hash.
 
@@ -140,7 +160,7 @@ def weyl_sequence(numel: int, *, step: int = 1, device: torch.device | str = "cp
     return (torch.arange(0, step * numel, step, dtype=torch.int64, device=device) * signed32(_WEYL)).to(torch.int32)
 
 
-def hash_bits(sequence: Tensor, origin: Tensor, key_high: Tensor) -> Tensor:
+def hash_bits(sequence: Tensor, origin: Tensor | int, key_high: Tensor | int) -> Tensor:
     """Return the int32 hashes of elements: the same function out of place, for a compiler to fuse, and for many keys.
 
     Args:
@@ -193,6 +213,18 @@ def _hashed_chunks(key: int, numel: int, start: int, device: torch.device) -> It
         bits.mul_(_scalar(signed32(_MULTIPLIER_2)))
         yield done, bits
         done += count
+
+
+def _hashed_runs(key: int, starts: Tensor, run: int, device: torch.device) -> Tensor:
+    """Return the int32 hashes of elements in runs, ``[runs, run]``."""
+    first, last = starts >> 32, (starts + (run - 1)) >> 32
+    index = starts.to(device).unsqueeze(1) + torch.arange(run, dtype=torch.int64, device=device)
+    sequence = (index * signed32(_WEYL)).to(torch.int32)  # keeps the lower 32 bits
+    bits = torch.zeros_like(sequence)
+    for high in torch.cat([first, last]).unique().tolist():  # the key changes at multiples of 2**32
+        of_segment = hash_bits(sequence, *hash_words(key, high << 32))
+        bits = torch.where(index >> 32 == high, of_segment, bits)
+    return bits
 
 
 @lru_cache(maxsize=64)

@@ -1,4 +1,4 @@
-"""Rounding float32 values to narrower formats: to nearest, up, or at random. Elementwise, for torch.compile to fuse."""
+"""Rounding float32 values to narrower formats: to nearest, up, or stochastically."""
 
 import math
 
@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 _EXPONENT_BITS = 0x7F800000  # of float32
-_SIGN = -(1 << 31)
 _BFLOAT16_BITS = -0x10000  # of float32, those that bfloat16 has
 
 
@@ -15,17 +14,6 @@ def round_to_nearest(value: Tensor, dtype: torch.dtype) -> Tensor:
     # The clamp is for CUDA, where an FP8 cast beyond the range gives NaN or inf, and for float16.
     largest = torch.finfo(dtype).max
     return value.clamp(-largest, largest).to(dtype)
-
-
-def nearest_in_float32(value: Tensor, dtype: torch.dtype) -> Tensor:
-    """Round float32 values as :func:`round_to_nearest`, without the cast: ``.to(dtype)`` is exact.
-
-    Args:
-        value: float32, any shape.
-        dtype: float16 or FP8.
-    """
-    units, spacing = _in_units(value.abs().clamp(max=torch.finfo(dtype).max), dtype)
-    return _with_sign(units.round() * spacing, value)
 
 
 def round_up(value: Tensor, dtype: torch.dtype) -> Tensor:
@@ -62,12 +50,7 @@ def round_stochastically(value: Tensor, dtype: torch.dtype, fraction: Tensor) ->
         return _cut_to_bfloat16(value, ~_BFLOAT16_BITS - (fraction * 2.0**16).to(torch.int32))
     units, spacing = _in_units(value.abs(), dtype)
     lower = units.floor()
-    return _with_sign((lower + (fraction < units - lower)) * spacing, value)
-
-
-def _with_sign(magnitude: Tensor, signed: Tensor) -> Tensor:
-    """Return ``magnitude.copysign(signed)``, which torch.compile does not inline."""
-    return (magnitude.view(torch.int32) | (signed.view(torch.int32) & _SIGN)).view(torch.float32)
+    return ((lower + (fraction < units - lower)) * spacing).copysign_(value)
 
 
 def _cut_to_bfloat16(value: Tensor, addend: Tensor | int) -> Tensor:
