@@ -94,6 +94,14 @@ class Float8Backend(ABC):
         """
         return nullcontext()
 
+    def backward_context(self, root: nn.Module | None) -> AbstractContextManager[Any]:
+        """The context of backward, where activation checkpointing computes layers again.
+
+        Args:
+            root: The model; None before one was converted.
+        """
+        return nullcontext()
+
     def objection(self, dtype: torch.dtype, flags: Collection[str]) -> str | None:
         """Return what speaks against weights of a type, or against a feature with this recipe; None if nothing does."""
         return None

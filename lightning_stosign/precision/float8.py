@@ -217,8 +217,12 @@ class Float8Precision(TransformerEnginePrecision):
         return self._around_steps(module).pre_backward(tensor, module)
 
     def backward(self, tensor: Tensor, model: nn.Module | None, *args: Any, **kwargs: Any) -> None:
-        """Run backward; under Fabric with the scaled loss of float16 weights."""
-        self._around_steps(model).backward(tensor, model, *args, **kwargs)
+        """Run backward; under Fabric with the scaled loss of float16 weights.
+
+        Activation checkpointing computes layers again meanwhile, and finds FP8 as it was in forward.
+        """
+        with _default_dtype(self.weights_dtype), self._backend.backward_context(self._module):
+            self._around_steps(model).backward(tensor, model, *args, **kwargs)
 
     def post_backward(self, tensor: Tensor, module: nn.Module | None) -> Any:
         """Under the Trainer, call the hooks."""

@@ -2,11 +2,11 @@
 
 import importlib
 from collections.abc import Collection, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import fields
-from functools import partial
+from functools import cache, partial
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
@@ -15,7 +15,13 @@ from torch import Tensor, nn
 from lightning_stosign.precision._backend import Float8Backend
 from lightning_stosign.precision._layers import HollowLayer
 from lightning_stosign.precision._recipes import MINIMAL_CAPABILITY, RECIPES, Capability, RecipeChoice, check_hardware
-from lightning_stosign.precision.te_histories import no_inference_tensors, remembers, unchanged_histories
+from lightning_stosign.precision.te_histories import (
+    no_inference_tensors,
+    recomputation,
+    remembers,
+    scales_of,
+    unchanged_histories,
+)
 
 if TYPE_CHECKING:
     from transformer_engine.common.recipe import Recipe
@@ -50,6 +56,7 @@ class TransformerEngineBackend(Float8Backend):
         quantizers = _quantizers_of(self.recipe) if _is(self.recipe, "custom") else []
         self.multiple = max(map(_multiple_of_quantizer, quantizers)) if quantizers else _multiple_of(self.recipe)
         requests = (type(quantizer).__name__ for quantizer in quantizers)
+        self._scales_before_forward: dict[int, Tensor] = {}
         self._has_histories = self.recipe.delayed() or "DelayedScalingRequest" in requests
 
     # Properties, because a module in an attribute could not be pickled.
@@ -64,7 +71,8 @@ class TransformerEngineBackend(Float8Backend):
 
     def is_converted(self, module: nn.Module) -> bool:
         """See :meth:`Float8Backend.is_converted`; layers of TE that the user built count."""
-        return any(base.__module__.startswith(self._te.__name__) for base in type(module).__mro__)
+        kind: Any = type(module)
+        return _is_te_class(kind)
 
     def convert_linear(self, layer: nn.Linear, dtype: torch.dtype) -> nn.Module:
         """See :meth:`Float8Backend.convert_linear`."""
@@ -138,22 +146,46 @@ class TransformerEngineBackend(Float8Backend):
     @contextmanager
     def forward_context(self, root: nn.Module | None) -> Iterator[None]:
         """See :meth:`Float8Backend.forward_context`."""
-        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-        group = torch.distributed.group.WORLD if distributed else None
         with ExitStack() as stack:
-            if not torch.is_grad_enabled() and root is not None:
+            if root is not None and torch.is_grad_enabled():
+                if self._has_histories:
+                    self._scales_before_forward = scales_of(self._layers_of(root).values())
+            elif root is not None:
                 layers = list(self._layers_of(root).values())
                 keeps_tensors = self._has_histories or any(map(self._is_quantized, layers))
                 if keeps_tensors and torch.is_inference_mode_enabled():
                     stack.enter_context(no_inference_tensors())
                 if self._has_histories:
                     stack.enter_context(unchanged_histories(layers))
-            if hasattr(self._te, "autocast"):
-                context = self._te.autocast(enabled=True, recipe=self.recipe, amax_reduction_group=group)
-            else:
-                context = self._te.fp8_autocast(enabled=True, fp8_recipe=self.recipe, fp8_group=group)
-            stack.enter_context(context)
+            stack.enter_context(self._autocast())
             yield
+
+    @contextmanager
+    def backward_context(self, root: nn.Module | None) -> Iterator[None]:
+        """See :meth:`Float8Backend.backward_context`."""
+        manager = importlib.import_module("transformer_engine.pytorch.fp8").FP8GlobalStateManager
+        with ExitStack() as stack:
+            if self._has_histories and root is not None:
+                stack.enter_context(recomputation(self._layers_of(root).values(), self._scales_before_forward))
+            stack.enter_context(self._autocast())
+            yield
+            if self._has_histories and not manager.is_first_fp8_module():
+                # A layer was computed again. TE took it for the first one, whose gradient comes last, and those that
+                # came after it are left over.
+                manager.reduce_and_update_fp8_tensors(forward=False)
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        group = torch.distributed.group.WORLD if distributed else None
+        if hasattr(self._te, "autocast"):
+            return cast(
+                AbstractContextManager[Any],
+                self._te.autocast(enabled=True, recipe=self.recipe, amax_reduction_group=group),
+            )
+        return cast(
+            AbstractContextManager[Any],
+            self._te.fp8_autocast(enabled=True, fp8_recipe=self.recipe, fp8_group=group),
+        )
 
     def objection(self, dtype: torch.dtype, flags: Collection[str]) -> str | None:
         """See :meth:`Float8Backend.objection`."""
@@ -222,6 +254,11 @@ class TransformerEngineBackend(Float8Backend):
             if self.is_converted(layer):
                 layers[name] = layer
         return layers
+
+
+@cache
+def _is_te_class(kind: type) -> bool:
+    return any(base.__module__.startswith("transformer_engine.pytorch") for base in kind.__mro__)
 
 
 def cuda_capability() -> tuple[int, int] | None:
