@@ -1,6 +1,7 @@
-"""A look into a Lightning checkpoint's optimizer states, without the code of its model."""
+"""A look into a checkpoint's optimizer states, without the code of its model."""
 
-from lightning_stosign.inspection.checkpoint import CheckpointError
-from lightning_stosign.inspection.report import Report, as_json, inspect_checkpoint
+from lightning_stosign.inspection.as_json import as_json
+from lightning_stosign.inspection.messages import CheckpointError
+from lightning_stosign.inspection.report import Report, inspect_checkpoint
 
 __all__ = ["CheckpointError", "Report", "as_json", "inspect_checkpoint"]

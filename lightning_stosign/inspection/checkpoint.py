@@ -1,215 +1,139 @@
-"""Reading a checkpoint that nobody has to trust: tensors and plain values; nothing in it is executed."""
+"""Opening a checkpoint that nobody has to trust: tensors and plain values; nothing in it is executed."""
 
-import importlib
-import pickle
-import struct
-import warnings
-import zipfile
-from collections.abc import Mapping
-from dataclasses import dataclass
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
+from lightning_stosign.inspection.input_file import InputFile
+from lightning_stosign.inspection.layouts import facts_of, find, layout_of, unread_objects
+from lightning_stosign.inspection.messages import CheckpointError
+from lightning_stosign.inspection.safetensors_file import is_safetensors, read_safetensors
+from lightning_stosign.inspection.safetensors_states import optimizer_of_tensors
+from lightning_stosign.inspection.stored_tensor import check_size
+from lightning_stosign.inspection.torch_archive import LEGACY_START, Content, read_legacy_archive, read_torch_archive
+from lightning_stosign.inspection.what_it_is import describe
 
-# Calls that only make a value, and that people keep among their hyperparameters. They become placeholders.
-_VALUE_TYPES = frozenset(
-    [f"pathlib.{name}" for name in ("Path", "PosixPath", "PurePosixPath", "PureWindowsPath", "WindowsPath")]
-    + [f"pathlib._local.{name}" for name in ("Path", "PosixPath", "PurePosixPath", "PureWindowsPath", "WindowsPath")]
-    + [f"datetime.{name}" for name in ("date", "datetime", "time", "timedelta", "timezone")]
-    + [f"numpy.{module}.multiarray.scalar" for module in ("core", "_core")]
-    + ["numpy.dtype"]
+# Modules and functions that pickles which run programs refer to, and checkpoints do not.
+_DANGEROUS = re.compile(
+    r"(os|posix|nt|sys|subprocess|pty|shutil|socket|runpy|importlib|code|ctypes|webbrowser|commands|pickle|_pickle|"
+    r"marshal|types|platform|asyncio|multiprocessing)\..*"
+    r"|builtins\.(eval|exec|compile|open|__import__|getattr|setattr|delattr|globals|breakpoint|input)"
 )
-
-_SYSTEM_MODULES = frozenset(["os", "posix", "nt", "sys"])
-
-# What torch's readers raise on bytes that are not what they expect.
-UNREADABLE = (
-    pickle.UnpicklingError,
-    zipfile.BadZipFile,
-    struct.error,
-    EOFError,
-    RuntimeError,
-    ValueError,
-    TypeError,
-    LookupError,
-    AttributeError,
-    AssertionError,
-    ArithmeticError,
-    MemoryError,
-)
-
-
-_REASON = "WeightsUnpickler error:"
-
-
-class CheckpointError(ValueError):
-    """A file that cannot be inspected; the message is one line that says why."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What of a Lightning checkpoint the inspection needs.
+    """What of a checkpoint the inspection needs.
 
     Attributes:
-        path: the file.
-        size: its size in bytes.
-        facts: ``global_step``, ``epoch`` and ``pytorch-lightning_version``, as far as the file has them.
-        weights: the module's state_dict; the tensors stay on disk until they are read.
-        optimizer_states: a state_dict for each optimizer; likewise.
-        placeholders: full names of the classes of objects that were left unread.
+        path: the file or folder.
+        size: its size in bytes; of a folder that of the files that were opened.
+        format: what it is, e.g. ``"Lightning checkpoint"``.
+        optimizers: the state_dict of each optimizer by what tells it from the others; tensors stay on disk.
+        weights: the model's tensors by name.
+        ordered: whether the weights are in the model's order.
+        facts: ``global_step``, ``epoch`` and ``pytorch-lightning_version``, as far as they are known.
+        left_unread: full names of the classes of objects that were not loaded.
+        dangerous: full names of functions with which the file would run a program if it were unpickled.
+        notes: lines that say what the numbers are of, where that is not each parameter as a whole.
     """
 
     path: Path
     size: int
-    facts: dict[str, int | str]
-    weights: Mapping[str, Any]
-    optimizer_states: list[dict[str, Any]]
-    placeholders: tuple[str, ...]
+    format: str
+    optimizers: Mapping[str, Mapping[str, Any]]
+    weights: Mapping[str, Any] = field(default_factory=dict)
+    ordered: bool = True
+    facts: Mapping[str, int | str] = field(default_factory=dict)
+    left_unread: tuple[str, ...] = ()
+    dangerous: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
-def read_checkpoint(path: Path | str) -> Checkpoint:
-    """Open a Lightning checkpoint without the code of its model, and without running any that is in it.
-
-    Objects of classes that torch does not know, such as a config among the hyperparameters, become placeholders. A file
-    that wants to call something on loading is refused: that is how a pickle runs code.
-
-    Args:
-        path: a ``.ckpt`` file as Lightning's ``ModelCheckpoint`` writes it.
+def read_checkpoint_file(path: Path) -> Checkpoint:
+    """Open a checkpoint of one file, recognised by what it holds.
 
     Raises:
-        CheckpointError: there is no such file, it is damaged, it is something else, it holds code, or it holds no
-            optimizer states.
+        CheckpointError: there is no such file, it is damaged, it is something else, or it holds no optimizer states.
     """
-    path = Path(path)
-    content, placeholders = _load(path)
-    if not isinstance(content, dict) or "state_dict" not in content:
-        raise CheckpointError(f"{path} is not a Lightning checkpoint: it holds no 'state_dict'")
-    if "optimizer_states" not in content:
-        raise CheckpointError(
-            f"{path} holds no optimizer states: it was saved with ModelCheckpoint(save_weights_only=True)"
-        )
-    size = path.stat().st_size
-    facts = {key: content.get(key) for key in ("global_step", "epoch", "pytorch-lightning_version")}
-    _check_layout(path, content["state_dict"], content["optimizer_states"], size)
+    file = InputFile(path)
+    if is_safetensors(file):
+        return _from_safetensors(file)
+    content = read_content(file)
+    found = find(content.value)
+    if not found.optimizers:
+        raise CheckpointError(f"{path} {_without_optimizer(content.value, bool(found.weights))}")
+    labels = _labels(found.optimizers)
+    check_size([value for state_dict in found.optimizers.values() for value in states_of(state_dict)], file.size, path)
     return Checkpoint(
         path=path,
-        size=size,
-        facts={key: value for key, value in facts.items() if isinstance(value, (int, str))},
-        weights=content["state_dict"],
-        optimizer_states=content["optimizer_states"],
-        placeholders=placeholders,
+        size=file.size,
+        format=layout_of(content.value),
+        optimizers=dict(zip(labels, found.optimizers.values(), strict=True)),
+        weights=found.weights,
+        facts=facts_of(content.value),
+        left_unread=tuple(unread_objects(content.value)),
+        dangerous=dangerous_names(content.globals),
     )
 
 
-def _load(path: Path) -> tuple[Any, tuple[str, ...]]:
-    if path.is_dir():
+def read_content(file: InputFile) -> Content:
+    """Read what ``torch.save`` has written, of any version.
+
+    Raises:
+        CheckpointError: the file is damaged or something else.
+    """
+    head = file.read(0, min(file.size, 64))
+    if head.startswith(b"PK\3\4"):
+        return read_torch_archive(file)
+    if head.startswith(LEGACY_START):
+        return read_legacy_archive(file)
+    raise CheckpointError(f"{file.path} {describe(file)}")
+
+
+def states_of(state_dict: Mapping[str, Any]) -> Iterable[Any]:
+    """Yield every value of every parameter's state."""
+    for state in state_dict["state"].values():
+        if isinstance(state, dict):
+            yield from state.values()
+
+
+def dangerous_names(names: Iterable[str]) -> tuple[str, ...]:
+    """Return the names of functions and modules that run programs."""
+    return tuple(sorted(name for name in names if _DANGEROUS.fullmatch(name)))
+
+
+def _from_safetensors(file: InputFile) -> Checkpoint:
+    tensors = read_safetensors(file)
+    state_dict = optimizer_of_tensors(tensors)
+    if state_dict is None:
         raise CheckpointError(
-            f"{path} is a folder, a sharded checkpoint; make one file of it with "
-            f"`python -m lightning.pytorch.utilities.consolidate_checkpoint {path}`"
+            f"{file.path} holds weights and no optimizer states; Hugging Face's Trainer and accelerate keep these in "
+            "optimizer.pt or optimizer.bin beside it"
         )
-    try:
-        if not zipfile.is_zipfile(path):
-            # is_zipfile says False of what it cannot open
-            with path.open("rb"):
-                raise CheckpointError(f"{path} is truncated, or not a PyTorch checkpoint: it is no zip archive")
-        with zipfile.ZipFile(path) as archive:
-            if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
-                raise CheckpointError(f"{path} is not a PyTorch checkpoint: it is compressed")
-        unknown = _unknown_globals(path)
-        if system := [name for name in unknown if name.partition(".")[0] in _SYSTEM_MODULES]:
-            raise CheckpointError(f"{path} holds code: it refers to {printable(system[0])}; refused")
-        stand_ins: list[Any] = [(_placeholder(path, name), name) for name in unknown]
-        with safe_globals(stand_ins), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # on pickle protocols: what cannot be read is refused
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except CheckpointError:
-        raise
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be opened: {error.strerror or error}") from error
-    except UNREADABLE as error:
-        raise CheckpointError(f"{path} cannot be read: {one_line(error)}") from error
-    return content, tuple(sorted(unknown))
+    return Checkpoint(file.path, file.size, "safetensors of states", {"": state_dict})
 
 
-def _unknown_globals(path: Path) -> list[str]:
-    """Return the full names that the file refers to and that torch's safe loading does not know."""
-    unknown = get_unsafe_globals_in_checkpoint(path)
-    if any(name.startswith("torchao.") for name in unknown):
-        importlib.import_module("torchao.optim")  # makes its low-bit states known
-        unknown = get_unsafe_globals_in_checkpoint(path)
-    return unknown
+def _without_optimizer(content: Any, has_weights: bool) -> str:
+    """Say why a file has nothing to show."""
+    if isinstance(content, dict):
+        if "param_shapes" in content and "module" in content:
+            return (
+                "holds the model of a DeepSpeed checkpoint; its optimizer states are in the zero_pp_rank_* files "
+                "beside it: inspect the folder"
+            )
+        if "pytorch-lightning_version" in content or {"state_dict", "optimizer_states"} <= set(content):
+            if "optimizer_states" in content:
+                return "holds no optimizer states: it was saved before training, or without an optimizer"
+            return "holds no optimizer states: it was saved with ModelCheckpoint(save_weights_only=True)"
+        if "optimizer" in content and content["optimizer"] is None:
+            return "holds no optimizer states: they were stripped when training ended"
+    return "holds weights and no optimizer states" if has_weights else "holds no optimizer's state_dict"
 
 
-class _Placeholder:
-    """Stands for an object of an unknown class: takes its fields and forgets them."""
-
-    path: Path
-    name: str
-
-    def __new__(cls, *args: Any) -> "_Placeholder":
-        return super().__new__(cls)
-
-    def __init__(self, *args: Any) -> None:
-        # Pickle makes an object by __new__ alone; only a call comes here.
-        if self.name not in _VALUE_TYPES:
-            raise CheckpointError(f"{self.path} holds code: loading it would call {printable(self.name)}; refused")
-
-    def __setstate__(self, state: Any) -> None:
-        pass
-
-
-def _placeholder(path: Path, name: str) -> type[_Placeholder]:
-    return type("_Placeholder", (_Placeholder,), {"path": path, "name": name})
-
-
-def _check_layout(path: Path, weights: Any, optimizer_states: Any, size: int) -> None:
-    """Raise unless the checkpoint has the nesting that Lightning gives it and no tensor is larger than the file."""
-    sound = (
-        isinstance(weights, Mapping)
-        and all(isinstance(name, str) for name in weights)
-        and isinstance(optimizer_states, list)
-        and all(map(_is_optimizer_state, optimizer_states))
-    )
-    if not sound:
-        raise CheckpointError(f"{path} is not a Lightning checkpoint: its optimizer states are not in torch's form")
-    for optimizer_state in optimizer_states:
-        for state in optimizer_state["state"].values():
-            for value in state.values():
-                if isinstance(value, Tensor) and value.numel() * value.element_size() > size:
-                    raise CheckpointError(f"{path} is damaged: a state of shape {list(value.shape)} exceeds the file")
-
-
-def _is_optimizer_state(value: Any) -> bool:
-    return (
-        isinstance(value, dict)
-        and isinstance(value.get("state"), dict)
-        and all(isinstance(state, dict) and all(isinstance(k, str) for k in state) for state in value["state"].values())
-        and isinstance(value.get("param_groups"), list)
-        and len(value["param_groups"]) > 0
-        and all(map(_is_param_group, value["param_groups"]))
-    )
-
-
-def _is_param_group(value: Any) -> bool:
-    return (
-        isinstance(value, dict)
-        and all(isinstance(option, str) for option in value)
-        and isinstance(value.get("params"), list)
-        and all(isinstance(key, (int, str)) for key in value["params"])
-    )
-
-
-def printable(text: str) -> str:
-    """Return the text with control characters escaped: a name in a file must not steer the terminal."""
-    return text if text.isprintable() else text.encode("unicode_escape").decode("ascii")
-
-
-def one_line(error: BaseException) -> str:
-    """Return what an exception says, in a line."""
-    lines = str(error).splitlines() or [type(error).__name__]
-    # torch puts advice on trusting the file before the reason
-    reason = next((line.partition(_REASON)[2] for line in lines if _REASON in line), lines[0])
-    return printable(reason.strip()[:300])
+def _labels(paths: Iterable[tuple[Any, ...]]) -> list[str]:
+    """Return what tells each optimizer from the others: nothing for the only one, else the path to it."""
+    paths = list(paths)
+    return [""] if len(paths) == 1 else [".".join(str(part)[:100] for part in path) for path in paths]

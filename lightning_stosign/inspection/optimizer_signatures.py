@@ -38,6 +38,22 @@ class Signature(NamedTuple):
             return bool(self.options) and not self.exact
         return self.states <= states and not (self.exact and states - self.states - {"step"})
 
+    def attributes(self, options: Mapping[str, Any], states: Set[str]) -> dict[str, Any]:
+        """Return attributes of the optimizer itself that its rule asks for, as far as options and states tell them."""
+        if "state1" in self.states:
+            return {"optimizer_name": _bitsandbytes_algorithm(options, states)}
+        return {}
+
+
+def _bitsandbytes_algorithm(options: Mapping[str, Any], states: Set[str]) -> str:
+    """Return which algorithm of bitsandbytes' it was: all have the same options, and one of them uses each."""
+    first, second = [*(options.get("betas") or ()), 0.0, 0.0][:2]
+    if "state2" in states:
+        return "ademamix" if options.get("alpha") else "adam"
+    if options.get("eps"):  # Lion and SGD divide by nothing
+        return "rmsprop" if first else "adagrad"
+    return "lion" if second else "momentum"
+
 
 UNKNOWN = Signature("unknown optimizer", Optimizer, frozenset(), frozenset(), frozenset())
 

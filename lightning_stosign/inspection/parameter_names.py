@@ -1,17 +1,34 @@
 """Which parameter is number 17? A saved optimizer knows numbers and shapes, the saved weights names and shapes."""
 
 import math
+import re
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from lightning_stosign.inspection.stored_tensor import Shape, StoredTensor, WrappedTensor, is_file_tensor
 from lightning_stosign.optim.states.storage import SHAPE_SUFFIX, is_packed
 
-Shape = tuple[int, ...]
-
 _BUFFERS = ("running_mean", "running_var")  # torch.nn's batch and instance norms
+_WRAPPERS = ("_orig_mod", "module", "_forward_module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+_MOST_STEPS = 5_000_000  # of a search for names, which many param groups would make long
+
+
+def plain_name(name: str) -> str:
+    """Return a parameter's name without what torch.compile, DDP, FSDP and Lightning's Fabric put into it.
+
+    Example:
+        >>> plain_name("_forward_module.module._orig_mod.layers.0._checkpoint_wrapped_module.weight")
+        'layers.0.weight'
+    """
+    first, _, rest = name.partition(".")
+    while rest and first in _WRAPPERS:
+        name = rest
+        first, _, rest = name.partition(".")
+    # "module" is a name that models use themselves; the others are not.
+    return ".".join(part for part in name.split(".") if part == "module" or part not in _WRAPPERS) or name
 
 
 def match_names(
@@ -36,10 +53,13 @@ def match_names(
     """
     owner: dict[int, int] = {}  # the group that a candidate certainly belongs to
     places: list[list[int | None]] = [[None] * len(shapes) for shapes in groups]
-    changed = True
+    changed, steps = True, 0
     while changed:
         changed = False
         for number, shapes in enumerate(groups):
+            steps += len(candidates)
+            if steps > _MOST_STEPS:
+                return [[None if i is None else candidates[i][0] for i in group] for group in places]
             free = [i for i in range(len(candidates)) if owner.get(i, number) == number]
             first = _first_fit(shapes, [candidates[i][1] for i in free])
             last = _first_fit(shapes[::-1], [candidates[i][1] for i in reversed(free)])
@@ -65,22 +85,60 @@ def _first_fit(shapes: Sequence[Shape | None], candidates: Sequence[Shape]) -> l
     return places
 
 
+def match_unordered_names(
+    groups: Sequence[Sequence[Shape | None]], candidates: Sequence[tuple[str, Shape]]
+) -> list[list[str | None]]:
+    """Name the parameters of param groups by the names of weights in no known order, each where only one is possible.
+
+    The parameters of one shape have certain names if as many weights have the shape, and these are one layer's weight,
+    or one weight in each of the numbered layers. Arguments and result as of :func:`match_names`.
+
+    Example:
+        >>> weights = [("h.10.fc.weight", (8, 2)), ("h.9.fc.weight", (8, 2)), ("norm.a", (2,)), ("norm.b", (2,))]
+        >>> match_unordered_names([[(8, 2), (8, 2), (2,), (2,)]], weights)
+        [['h.9.fc.weight', 'h.10.fc.weight', None, None]]
+    """
+    by_shape: dict[Shape, list[str]] = defaultdict(list)
+    for name, shape in candidates:
+        by_shape[shape].append(name)
+    wanted: dict[Shape, list[tuple[int, int]]] = defaultdict(list)
+    for number, shapes in enumerate(groups):
+        for position, shape in enumerate(shapes):
+            if shape is not None:
+                wanted[shape].append((number, position))
+    result: list[list[str | None]] = [[None] * len(shapes) for shapes in groups]
+    for wanted_shape, places in wanted.items():
+        names = by_shape[wanted_shape]
+        one_kind = len({_NUMBER.sub(".#.", name, count=1) for name in names}) == 1
+        if len(names) == len(places) and one_kind and len({number for number, _ in places}) == 1:
+            for (number, position), name in zip(places, sorted(names, key=_layer_number), strict=True):
+                result[number][position] = name
+    return result
+
+
+_NUMBER = re.compile(r"\.(\d{1,9})\.")
+
+
+def _layer_number(name: str) -> int:
+    found = _NUMBER.search(name)
+    return int(found[1]) if found else 0
+
+
 def candidates_of(weights: Mapping[str, Any]) -> list[tuple[str, Shape]]:
     """Return name and shape of the weights that may be parameters: tied ones once, under their first name."""
-    seen: set[tuple[int, Shape]] = set()
+    seen: set[tuple[Any, ...]] = set()
     candidates = []
     for name, value in weights.items():
-        if not isinstance(value, Tensor) or not (value.is_floating_point() or value.is_complex()):
+        if not is_file_tensor(value) and not isinstance(value, WrappedTensor):
             continue
-        shape = tuple(value.shape)
-        if name.rpartition(".")[2] in _BUFFERS:
+        if not (value.dtype.is_floating_point or value.dtype.is_complex) or name.rpartition(".")[2] in _BUFFERS:
             continue
-        if value.numel() > 0 and type(value) is Tensor:
-            key = (value.data_ptr(), shape)
-            if key in seen:
+        if math.prod(value.shape) > 0 and isinstance(value, StoredTensor):
+            place = (value.storage.file.path, value.storage.offset, value.offset, value.shape)
+            if place in seen:
                 continue
-            seen.add(key)
-        candidates.append((name, shape))
+            seen.add(place)
+        candidates.append((name, value.shape))
     return candidates
 
 
@@ -91,22 +149,25 @@ def parameter_shape(state: Mapping[str, Any]) -> Shape | None:
     broadcast to it; what goes with a quantised state (scales, code books) is smaller than it.
 
     Example:
-        >>> parameter_shape({"step": torch.tensor(3.0), "row_var": torch.ones(4, 1), "col_var": torch.ones(1, 2)})
+        >>> step, row, column = (torch.empty(shape, device="meta") for shape in [(), (4, 1), (1, 2)])
+        >>> parameter_shape({"step": step, "row_var": row, "col_var": column})
         (4, 2)
     """
+    shape: Any
     for name in state:
         shape = state.get(name + SHAPE_SUFFIX)
-        if is_packed(state, name) and isinstance(shape, Tensor) and shape.dtype == torch.int64 and shape.dim() == 1:
-            return tuple(shape.tolist())
-    tensors = [v for v in state.values() if isinstance(v, Tensor) and v.dim() > 0 and _may_hold_values(v)]
-    if not tensors:
+        if is_packed(state, name) and is_file_tensor(shape) and shape.dtype == torch.int64 and len(shape.shape) == 1:
+            return tuple(shape.read_run(0, math.prod(shape.shape)).tolist())
+    shapes: list[Shape] = [tuple(value.shape) for value in state.values() if _may_hold_values(value) and len(value.shape) > 0]
+    if not shapes:
         return None
-    shapes = [tuple(tensor.shape) for tensor in tensors]
     try:
         return tuple(torch.broadcast_shapes(*shapes))
     except RuntimeError:
         return max(shapes, key=math.prod)
 
 
-def _may_hold_values(tensor: Tensor) -> bool:
-    return tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.uint8
+def _may_hold_values(value: Any) -> bool:
+    return (is_file_tensor(value) or isinstance(value, (WrappedTensor, torch.Tensor))) and (
+        value.dtype.is_floating_point or value.dtype.is_complex or value.dtype == torch.uint8
+    )
