@@ -64,6 +64,13 @@ class Browser:
             assert time.monotonic() < end, f"not so after {seconds} s: {expression}"
             time.sleep(0.1)
 
+    def emulate(self, width, height, dark):
+        """Show pages as a screen of this size would, in light or dark colours."""
+        size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
+        self._call("Emulation.setDeviceMetricsOverride", **size)
+        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
+        self._call("Emulation.setEmulatedMedia", features=[scheme])
+
     def screenshot(self, path):
         path.write_bytes(base64.b64decode(self._call("Page.captureScreenshot", format="png")["data"]))
 

@@ -19,7 +19,7 @@ from lightning_stosign.inspection.what_it_is import describe
 _DANGEROUS = re.compile(
     r"(os|posix|nt|sys|subprocess|pty|shutil|socket|runpy|importlib|code|ctypes|webbrowser|commands|pickle|_pickle|"
     r"marshal|types|platform|asyncio|multiprocessing)\..*"
-    r"|builtins\.(eval|exec|compile|open|__import__|getattr|setattr|delattr|globals|breakpoint|input)"
+    r"|_?io\.open.*|builtins\.(eval|exec|compile|open|__import__|getattr|setattr|delattr|globals|breakpoint|input)"
 )
 
 

@@ -14,6 +14,11 @@ _WEIGHTS = ("state_dict", "model_state_dict", "model_state", "model", "module", 
 _STEPS = ("global_step", "global_steps", "step", "iter_num", "step_count", "iteration", "iter", "steps")
 
 
+# The key of a state_dict with the name of an optimizer that wraps the one that it is of.
+WRAPPER = "wrapped_by"
+_WRAPPERS = {"lookahead_state": "Lookahead", "schedulefree_state": "ScheduleFree"}
+
+
 class Found(NamedTuple):
     """What a nest of containers holds.
 
@@ -35,7 +40,9 @@ def find(content: Any) -> Found:
     optimizers: dict[tuple[Any, ...], dict[str, Any]] = {}
     weights: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
     for path, value in _containers(content):
-        if is_optimizer_state(value):
+        if (wrapped := _unwrapped(value)) is not None:
+            optimizers[path] = wrapped
+        elif is_optimizer_state(value):
             optimizers[path] = value
         elif isinstance(value, Unread):
             if named := dict(module_tensors(value)):
@@ -54,9 +61,36 @@ def find(content: Any) -> Found:
     return Found(optimizers, {plain_name(name): value for name, value in best.items()})
 
 
+def _unwrapped(value: Any) -> dict[str, Any] | None:
+    """Return one state_dict of an optimizer that wraps another: pytorch_optimizer's Lookahead and its kin.
+
+    The wrapper's own states, by (group, place in the group), join those of the wrapped one.
+    """
+    base: Any = value.get("base_optimizer") if isinstance(value, dict) else None
+    if not is_optimizer_state(base):
+        return None
+    states = {key: dict(state) for key, state in base["state"].items() if isinstance(state, dict)}
+    name = "wrapper"
+    for key, own in value.items():
+        if not (isinstance(key, str) and key.endswith("_state") and isinstance(own, dict)):
+            continue
+        name = _WRAPPERS.get(key, key.removesuffix("_state"))
+        for place, state in own.items():
+            try:
+                group, index = place
+                parameter = base["param_groups"][group]["params"][index]
+            except (TypeError, ValueError, LookupError):
+                continue
+            if isinstance(state, dict):
+                states.setdefault(parameter, {}).update(state)
+    return {"state": states, "param_groups": base["param_groups"], WRAPPER: name}
+
+
 def _containers(content: Any) -> Iterator[tuple[tuple[Any, ...], Any]]:
     """Yield each dict, list or object once, with the shortest path to it; nothing within an optimizer's state."""
-    waiting: deque[tuple[tuple[Any, ...], Any]] = deque([((), content)])
+    waiting: deque[tuple[tuple[Any, ...], Any]] = deque()
+    if isinstance(content, (dict, list, tuple, Unread)):
+        waiting.append(((), content))
     seen: set[int] = set()
     while waiting and len(seen) < _MOST_PLACES:
         path, value = waiting.popleft()
@@ -65,7 +99,12 @@ def _containers(content: Any) -> Iterator[tuple[tuple[Any, ...], Any]]:
             continue
         seen.add(id(value))
         yield path, value
-        if isinstance(value, Unread) or is_optimizer_state(value) or len(path) == _DEEPEST:
+        if (
+            isinstance(value, Unread)
+            or is_optimizer_state(value)
+            or _unwrapped(value) is not None
+            or len(path) == _DEEPEST
+        ):
             continue
         items = value.items() if isinstance(value, dict) else enumerate(value)
         waiting.extend(((*path, key), item) for key, item in items if isinstance(item, (dict, list, tuple, Unread)))
@@ -162,7 +201,7 @@ def facts_of(content: Any) -> dict[str, int | str]:
 
 def layout_of(content: Any) -> str:
     """Return the name of the layout of what was saved, by its keys."""
-    if is_optimizer_state(content):
+    if is_optimizer_state(content) or _unwrapped(content) is not None:
         return "optimizer state_dict"
     keys = set(content) if isinstance(content, Mapping) else set()
     for name, needed in _LAYOUTS:

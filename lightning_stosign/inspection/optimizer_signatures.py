@@ -84,6 +84,10 @@ def _signature(
     )
 
 
+_BITSANDBYTES = "optimizer of bitsandbytes"
+_NAMES = {"adam": "Adam", "ademamix": "AdEMAMix", "rmsprop": "RMSprop", "adagrad": "Adagrad", "lion": "Lion"}
+_NAMES["momentum"] = "SGD"
+
 # The first that fits counts.
 _SIGNATURES = [
     _signature(Optimizer, "use_muon", name="Muon and AdamW"),
@@ -106,7 +110,11 @@ _SIGNATURES = [
     _signature(torch.optim.LBFGS, "history_size tolerance_grad"),
     _signature(torch.optim.SGD, "dampening nesterov"),
     _signature(torch.optim.Adam, "betas bias_correction", "exp_avg exp_avg_sq", name="FusedAdam"),
-    _signature(_stand_in("bitsandbytes", "Optimizer8bit"), "", "state1", name="optimizer of bitsandbytes"),
+    _signature(_stand_in("bitsandbytes", "Optimizer8bit"), "", "state1", name=_BITSANDBYTES),
+    _signature(
+        _stand_in("schedulefree", "AdamWScheduleFree"), "r weight_lr_power", "z exp_avg_sq", name="ScheduleFree AdamW"
+    ),
+    _signature(_stand_in("schedulefree", "SGDScheduleFree"), "r weight_lr_power", "z", name="ScheduleFree SGD"),
     _signature(_stand_in("pytorch_optimizer", "Lion"), "betas", "exp_avg", name="Lion", exact=True),
 ]
 if hasattr(torch.optim, "Muon"):  # torch >= 2.9
@@ -133,6 +141,9 @@ def identify(groups: Sequence[Mapping[str, Any]], states: Iterable[str]) -> Sign
         base = identify([{key: groups[0][key] for key in options - _OF_SIGN_CONVERTED}], present)
         return base._replace(name=f"SignConverted {base.name}")
     signature = next((each for each in _SIGNATURES if each.fits(options, present)), UNKNOWN)
+    if signature.name == _BITSANDBYTES and options:
+        algorithm = _bitsandbytes_algorithm(groups[0], present)
+        return signature._replace(name=f"{_NAMES[algorithm]} of bitsandbytes")
     if signature.name == "Adam" and groups[0]["decoupled_weight_decay"]:
         return signature._replace(name="AdamW", optimizer_class=torch.optim.AdamW)
     return signature

@@ -111,8 +111,8 @@ def match_unordered_names(
         names = by_shape[wanted_shape]
         one_kind = len({_NUMBER.sub(".#.", name, count=1) for name in names}) == 1
         if len(names) == len(places) and one_kind and len({number for number, _ in places}) == 1:
-            for (number, position), name in zip(places, sorted(names, key=_layer_number), strict=True):
-                result[number][position] = name
+            for (number, position), weight in zip(places, sorted(names, key=_layer_number), strict=True):
+                result[number][position] = weight
     return result
 
 
@@ -158,7 +158,9 @@ def parameter_shape(state: Mapping[str, Any]) -> Shape | None:
         shape = state.get(name + SHAPE_SUFFIX)
         if is_packed(state, name) and is_file_tensor(shape) and shape.dtype == torch.int64 and len(shape.shape) == 1:
             return tuple(shape.read_run(0, math.prod(shape.shape)).tolist())
-    shapes: list[Shape] = [tuple(value.shape) for value in state.values() if _may_hold_values(value) and len(value.shape) > 0]
+    shapes: list[Shape] = [
+        tuple(value.shape) for value in state.values() if _may_hold_values(value) and len(value.shape) > 0
+    ]
     if not shapes:
         return None
     try:

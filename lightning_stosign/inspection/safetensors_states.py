@@ -7,8 +7,8 @@ from typing import Any
 # Names that torch's, this package's and other common optimizers have for their states.
 _NAMES = """
     step exp_avg exp_avg_sq max_exp_avg_sq exp_inf exp_avg_slow exp_avg_var momentum_buffer square_avg grad_avg
-    acc_delta sum ax eta mu mu_product prev step_size row_var col_var variance exp_avg_sq_row exp_avg_sq_col z state1 state2 qmap1
-    qmap2 absmax1 absmax2 max1 max2 new_max1 new_max2 master_param
+    acc_delta sum ax eta mu mu_product prev step_size row_var col_var variance exp_avg_sq_row exp_avg_sq_col z
+    state1 state2 qmap1 qmap2 absmax1 absmax2 max1 max2 new_max1 new_max2 master_param
 """
 STATE_NAMES = frozenset(_NAMES.split())
 _SUFFIXES = ("_scale", "_tensor_scale", "_shape")

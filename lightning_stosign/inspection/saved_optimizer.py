@@ -1,6 +1,5 @@
 """A saved optimizer, made readable again without its code."""
 
-import importlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -10,6 +9,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_stosign.health.readers import Moments, read_moments
+from lightning_stosign.inspection.layouts import WRAPPER
 from lightning_stosign.inspection.messages import printable
 from lightning_stosign.inspection.optimizer_signatures import identify
 from lightning_stosign.inspection.parameter_names import (
@@ -29,18 +29,13 @@ from lightning_stosign.inspection.stored_tensor import (
     numel,
     read_whole,
 )
+from lightning_stosign.inspection.torchao_states import dequantize, is_torchao
 from lightning_stosign.optim.states.storage import SCALE_SUFFIX, is_packed
 
 _LONGEST_RUN = 1 << 22  # values that are read at a time, of states that can be read in runs
 
 # Where bitsandbytes keeps the parts of a quantised state, for the sake of FSDP.
 _NESTED_STATE = "__bnb_optimizer_quant_state__"
-
-_TORCHAO = {
-    "OptimState8bit": ("torchao.optim.subclass_8bit", ("codes", "scale", "qmap", "signed")),
-    "OptimState4bit": ("torchao.optim.subclass_4bit", ("codes", "scale", "qmap", "signed", "shape")),
-    "OptimStateFp8": ("torchao.optim.subclass_fp8", ("codes", "scale")),
-}
 
 
 class SavedParameter:
@@ -69,7 +64,7 @@ class SavedParameter:
                 continue
             if isinstance(value, Unread):
                 self.left_unread.add(value.name)
-            elif isinstance(value, WrappedTensor) and not _is_torchao(value):
+            elif isinstance(value, WrappedTensor) and not is_torchao(value):
                 self.left_unread.add(value.class_name)
             elif is_file_tensor(value) or isinstance(value, (WrappedTensor, int, float, str)):
                 self.state[key] = value
@@ -138,19 +133,12 @@ class SavedParameter:
         return (stop - start,), run
 
 
-def _is_torchao(value: WrappedTensor) -> bool:
-    package, _, name = value.class_name.rpartition(".")
-    return package.partition(".")[0] == "torchao" and name in _TORCHAO
-
-
 def _in_memory(value: Any) -> Any:
     """Return what a value of a state was before it was saved."""
     if is_file_tensor(value):
         return read_whole(value)
     if isinstance(value, WrappedTensor):
-        module, names = _TORCHAO[value.class_name.rpartition(".")[2]]
-        tensor_class = getattr(importlib.import_module(module), value.class_name.rpartition(".")[2])
-        return tensor_class(*(_in_memory(value.fields[name]) for name in names))
+        return dequantize(value)
     return value
 
 
@@ -182,7 +170,8 @@ class SavedOptimizer:
                 number += 1
         names = {name for parameter in self.parameters for name in parameter.state}
         signature = identify(options_of_groups, names)
-        self.name = signature.name
+        wrapper = state_dict.get(WRAPPER)
+        self.name = signature.name if wrapper is None else f"{wrapper} of {signature.name}"
         self.options = {
             key: value
             for key, value in state_dict["param_groups"][0].items()

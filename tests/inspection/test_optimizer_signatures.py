@@ -62,6 +62,6 @@ def test_optimizers_of_other_packages_are_told():
     assert _identified(lion.state_dict()).name == "Lion"
     belief, _ = stepped(pytorch_optimizer.AdaBelief)
     assert _identified(belief.state_dict()) is UNKNOWN
-    assert identify([{"betas": (0.9, 0.99)}], ["state1", "qmap1", "absmax1"]).name == "optimizer of bitsandbytes"
+    assert identify([{"betas": (0.9, 0.99)}], ["state1", "qmap1", "absmax1"]).name == "Lion of bitsandbytes"
     fused = {"lr": 0.1, "betas": (0.9, 0.99), "bias_correction": True, "step": 3}
     assert identify([fused], ["exp_avg", "exp_avg_sq", "master_param"]).name == "FusedAdam"

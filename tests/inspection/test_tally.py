@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from lightning_stosign.health import log10_histogram, underflow_fraction
-from lightning_stosign.inspection.tally import HealthTally, StateTally
+from lightning_stosign.inspection.tally import Forecasts, HealthTally, Magnitudes, StateTally
 
 FORMATS = (
     "fp8-raw",
@@ -49,7 +49,9 @@ def test_the_statistics_are_those_of_numpy():
     assert tally.zeros == (exact == 0).sum()
     assert tally.largest == np.abs(exact).max()
     assert tally.rms == pytest.approx(math.sqrt((exact**2).mean()), rel=1e-6)
-    assert torch.equal(tally.log10_counts, log10_histogram(value))
+    magnitudes = Magnitudes()
+    magnitudes.add(value.reshape(-1))
+    assert magnitudes.histogram() == log10_histogram(value).tolist()
 
 
 def test_tallies_add_up():
@@ -64,7 +66,6 @@ def test_tallies_add_up():
         together.largest,
         together.lost,
     )
-    assert torch.equal(added.log10_counts, together.log10_counts)
 
 
 def test_sick_coordinates_are_counted():
@@ -88,3 +89,29 @@ def test_nothing_is_lost_of_nothing(value):
     tally = StateTally.of(value, ["fp8", "fp4-block"], 1)
     assert tally.underflow_fraction == {"fp8": 0, "fp4-block": 0}
     assert tally.rms == 0
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_state_that_is_read_in_runs_counts_as_in_one_piece(format):
+    value = _state(6).reshape(-1)
+    forecasts = Forecasts([format])
+    whole, tally = StateTally.of(value, [format], 2), StateTally(lost={format: 0})
+    length = 40_000 // forecasts.block * forecasts.block
+    runs = range(0, value.numel(), length)
+    for start in runs:
+        tally.count(value[start : start + length])
+    for start in runs:
+        roundings = forecasts.of(value.numel(), 2)
+        tally.count_lost(value[start : start + length], start, roundings, forecasts.block)
+    assert (tally.size, tally.zeros, tally.largest, tally.lost) == (whole.size, whole.zeros, whole.largest, whole.lost)
+
+
+def test_histograms_of_several_threads_add_up():
+    values = [_state(seed, size=70_000).reshape(-1) for seed in range(3)]
+    together = Magnitudes()
+    for value in values:
+        one = Magnitudes()
+        one.add(value[:100])
+        one.add(value[100:])
+        together.merge(one)
+    assert together.histogram() == log10_histogram(torch.cat(values)).tolist()

@@ -1,4 +1,4 @@
-"""Checkpoints written by those who write them: every trainer's own code where it can run here, else its exact layout."""
+"""Checkpoints written by those who write them: each trainer's own code where it runs here, else its layout."""
 
 from pathlib import Path
 
@@ -59,12 +59,10 @@ def _bitsandbytes(blockwise):
     """Adam's states as bitsandbytes has them: codes, a code book, and the largest magnitudes."""
 
     def make(net):
-        optimizer = torch.optim.Adam(net.parameters())
-        group = optimizer.param_groups[0]
-        kept = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0, "alpha": 0.0, "t_alpha": None}
-        kept["params"] = group["params"]
-        group.clear()
-        group.update(kept)
+        optimizer_class = type("Optimizer8bit", (torch.optim.Optimizer,), {"__module__": "bitsandbytes.optim"})
+        options = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0, "alpha": 0.0, "t_alpha": None}
+        optimizer = optimizer_class(net.parameters(), options)
+        optimizer.optimizer_name = "adam"
         book = torch.linspace(-1, 1, 256)
         for number, param in enumerate(net.parameters()):
             generator = torch.Generator().manual_seed(number)
@@ -132,6 +130,11 @@ OPTIMIZERS = {
     "ScheduleFreeAdamW (pytorch_optimizer)": (
         lambda net: pytorch_optimizer.ScheduleFreeAdamW(net.parameters()),
         "ScheduleFree AdamW",
+        True,
+    ),
+    "Lookahead of AdamW (pytorch_optimizer)": (
+        lambda net: pytorch_optimizer.Lookahead(torch.optim.AdamW(net.parameters())),
+        "Lookahead of AdamW",
         True,
     ),
     "an unknown one": (lambda net: pytorch_optimizer.AdaBelief(net.parameters()), "unknown optimizer", True),
@@ -268,15 +271,29 @@ def dcp(flatten):
 
 
 def safetensors(folder, net, optimizer):
-    names = [name for name, _ in net.named_parameters()]
+    names = {param: name for name, param in net.named_parameters()}
     tensors = {
-        f"{name}.{key}": value.contiguous()
-        for name, state in zip(names, optimizer.state_dict()["state"].values(), strict=True)
+        f"{names[param]}.{key}": value.contiguous()
+        for param, state in optimizer.state.items()
         for key, value in state.items()
         if isinstance(value, torch.Tensor)
     }
     save_file(tensors, folder / "optimizer_state.safetensors")
     return folder / "optimizer_state.safetensors"
+
+
+def hugging_face(folder, net, optimizer):
+    from transformers import Trainer, TrainingArguments
+
+    arguments = TrainingArguments(str(folder / "run"), use_cpu=True, report_to=[], disable_tqdm=True)
+    scheduler = torch.optim.lr_scheduler.ConstantLR(torch.optim.SGD(net.parameters(), lr=1.0))
+    trainer = Trainer(net, arguments, optimizers=(optimizer, scheduler))
+    inner = folder / "checkpoint-3"
+    trainer.save_model(str(inner))
+    trainer._save_optimizer_and_scheduler(str(inner))
+    trainer.state.global_step = 3
+    trainer.state.save_to_json(str(inner / "trainer_state.json"))
+    return inner
 
 
 def deepspeed(stage=2, ranks=2):
@@ -328,6 +345,7 @@ FORMATS = {
     "torch before 1.6": (before_zip, "checkpoint of model and optimizer", True),
     "LitGPT (layout)": (litgpt, "LitGPT checkpoint", True),
     "Ultralytics (layout)": (ultralytics, "Ultralytics checkpoint", True),
+    "Hugging Face Trainer": (hugging_face, "Hugging Face Trainer checkpoint", True),
     "accelerate": (accelerate, "checkpoint folder (accelerate)", True),
     "DCP": (dcp(False), "distributed checkpoint (DCP)", True),
     "DCP, flattened (torchtitan)": (dcp(True), "distributed checkpoint (DCP)", True),
@@ -335,11 +353,16 @@ FORMATS = {
     "DeepSpeed ZeRO-1/2 (layout)": (deepspeed(), "DeepSpeed ZeRO checkpoint, stage 2", True),
 }
 
-# Formats that cannot hold an optimizer's states, or only those of a few.
+_OUTER = {name for name in OPTIMIZERS if name.startswith("Lookahead")}
+_QUANTISED = {name for name in OPTIMIZERS if name.startswith(("torchao", "bitsandbytes"))}
+# What the writers cannot write, and what needs the options that a format lacks.
 WITHOUT = {
-    "safetensors of states": {name for name in OPTIMIZERS if name.startswith("torchao") or "unknown" in name},
-    "DCP": {name for name in OPTIMIZERS if name.startswith(("torchao", "bitsandbytes"))},
-    "DCP, flattened (torchtitan)": {name for name in OPTIMIZERS if name.startswith(("torchao", "bitsandbytes"))},
+    "Hugging Face Trainer": set(),
+    "accelerate": _OUTER,
+    "safetensors of states": _OUTER
+    | {name for name in OPTIMIZERS if name.startswith(("torchao", "StoSignSGD", "an unknown"))},
+    "DCP": _OUTER | _QUANTISED,
+    "DCP, flattened (torchtitan)": _OUTER | _QUANTISED,
     "torch before 1.6": {name for name in OPTIMIZERS if name.startswith("torchao")},
     "DeepSpeed ZeRO-1/2 (layout)": set(OPTIMIZERS) - {"AdamW"},
 }
@@ -356,4 +379,3 @@ def table():
         cells = ["yes" if (format, optimizer) in CELLS else "" for format in FORMATS]
         lines.append(f"| {optimizer} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
-
