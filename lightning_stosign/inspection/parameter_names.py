@@ -99,8 +99,8 @@ def match_unordered_names(
         [['h.9.fc.weight', 'h.10.fc.weight', None, None]]
     """
     by_shape: dict[Shape, list[str]] = defaultdict(list)
-    for name, shape in candidates:
-        by_shape[shape].append(name)
+    for name, candidate in candidates:
+        by_shape[candidate].append(name)
     wanted: dict[Shape, list[tuple[int, int]]] = defaultdict(list)
     for number, shapes in enumerate(groups):
         for position, shape in enumerate(shapes):

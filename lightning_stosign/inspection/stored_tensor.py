@@ -120,7 +120,7 @@ class JoinedTensor:
             return self.parts[0][1].read_run(start, stop)
         row = math.prod(self.shape[1:])
         first, end = start // row, -(-stop // row)
-        band = torch.zeros((end - first, *self.shape[1:]), dtype=self.dtype)
+        band = torch.zeros((end - first, *self.shape[1:]), dtype=self.dtype, device="cpu")
         for offsets, part in self.parts:
             top, bottom = max(offsets[0], first), min(offsets[0] + part.shape[0], end)
             if top >= bottom:
@@ -200,7 +200,7 @@ def nbytes(value: Any) -> int:
 def read_whole(tensor: FileTensor) -> Tensor:
     """Read a tensor, in its shape."""
     if numel(tensor) == 0:
-        return torch.empty(tensor.shape, dtype=tensor.dtype)
+        return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
     return tensor.read_run(0, numel(tensor)).view(tensor.shape)
 
 

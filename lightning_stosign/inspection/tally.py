@@ -112,7 +112,7 @@ class StateTally:
             self.lost[name] = self.lost.get(name, 0) + int(count)
 
     def _maxima(self, rounding: Rounding) -> Tensor:
-        return torch.tensor([self.largest] if rounding.has_tensor_scale else [], dtype=torch.float32)
+        return torch.tensor([self.largest] if rounding.has_tensor_scale else [], dtype=torch.float32, device="cpu")
 
     def add(self, other: "StateTally") -> None:
         """Add the counts of another parameter's state."""
@@ -173,7 +173,11 @@ class Magnitudes:
     def histogram(self) -> list[int]:
         """Return the counts of :func:`lightning_stosign.health.log10_histogram`."""
         self._count()
-        counts = magnitude_counts(torch.empty(0)) if self._counts is None else self._counts
+        counts = (
+            magnitude_counts(torch.empty(0, dtype=torch.float32, device="cpu"))
+            if self._counts is None
+            else self._counts
+        )
         return histogram_of(counts).tolist()
 
 

@@ -15,7 +15,7 @@ from torchao.optim.subclass_8bit import OptimState8bit
 from torchao.optim.subclass_fp8 import OptimStateFp8
 
 from lightning_stosign import SignSGD, StoSignSGD
-from lightning_stosign.optim.wrappers.muon import MuonAdamW
+from lightning_stosign.optim.wrappers.muon_adamw import MuonAdamW
 
 QUIET = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False, "enable_checkpointing": False}
 
