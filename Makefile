@@ -19,6 +19,10 @@ test: $(INSTALLED)
 test-te: $(INSTALLED)
 	TE_ON_CPU=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(WORKERS) -m "not slow" tests/precision/test_te_*.py
 
+# Triton's kernels without a GPU, by its interpreter, which must be asked for before Triton is imported.
+test-triton: $(INSTALLED)
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(WORKERS) -m "not slow" tests/optim/test_triton_interpreted.py
+
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow $(WORKERS) $(TESTS)
 

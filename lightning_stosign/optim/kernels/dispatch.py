@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_stosign._torch_private import foreach_copy
 from lightning_stosign._user_code import warn_user
-from lightning_stosign.optim.kernels import cpu, eager
+from lightning_stosign.optim.kernels import cpu, eager, triton_step
 from lightning_stosign.optim.kernels.job import Job, Kind
 from lightning_stosign.optim.numerics.rounding import power_of_two_scale
 from lightning_stosign.optim.sharding import max_over_shards
@@ -48,7 +48,7 @@ class Backend(Protocol):
         """
 
 
-BACKENDS: dict[str, Backend] = {"cpu": cpu}
+BACKENDS: dict[str, Backend] = {"cpu": cpu, "cuda": triton_step}
 """The backend for each type of device; where there is none, or it refuses, the update is eager."""
 
 
