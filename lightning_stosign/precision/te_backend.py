@@ -1,6 +1,7 @@
 """FP8 layers from NVIDIA Transformer Engine (TE): CUDA devices of compute capability 8.9 and up."""
 
 import importlib
+import importlib.util
 from collections.abc import Collection, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import fields
@@ -163,7 +164,7 @@ class TransformerEngineBackend(Float8Backend):
     @contextmanager
     def backward_context(self, root: nn.Module | None) -> Iterator[None]:
         """See :meth:`Float8Backend.backward_context`."""
-        manager = importlib.import_module("transformer_engine.pytorch.fp8").FP8GlobalStateManager
+        manager = self._state_manager()
         with ExitStack() as stack:
             if self._has_histories and root is not None:
                 stack.enter_context(recomputation(self._layers_of(root).values(), self._scales_before_forward))
@@ -173,6 +174,12 @@ class TransformerEngineBackend(Float8Backend):
                 # A layer was computed again. TE took it for the first one, whose gradient comes last, and those that
                 # came after it are left over.
                 manager.reduce_and_update_fp8_tensors(forward=False)
+
+    @staticmethod
+    def _state_manager() -> Any:
+        name = "transformer_engine.pytorch.quantization"  # "fp8" in old versions
+        found = importlib.util.find_spec(name) is not None
+        return importlib.import_module(name if found else "transformer_engine.pytorch.fp8").FP8GlobalStateManager
 
     def _autocast(self) -> AbstractContextManager[Any]:
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()

@@ -167,6 +167,8 @@ def _fuse(sequence: nn.Sequential, start: int, chain: Chain, te: ModuleType, mul
     else:
         options["activation"] = chain.activation
         inner = te.LayerNormMLP(linears[0].in_features, linears[0].out_features, **options)
+    for meta in inner.param_init_meta.values():
+        meta.init_fn = nn.init.zeros_  # never called, for these parameters are thrown away; TE's could not be pickled
 
     holders = (FusedNorm(type(norm)), *(FusedLinear(nn.Linear) for _ in linears[:-1]))
     for original, holder in zip((norm, *linears[:-1]), holders, strict=True):

@@ -32,6 +32,14 @@ class Linear(te.Linear):
     def __init__(self, in_features: int, out_features: int, *, multiple: int, **options: Any) -> None:
         super().__init__(in_features, out_features, **options)
         self.multiple = multiple
+        # What is drawn from now on is drawn as torch draws it. TE's own functions could not be pickled.
+        bound = 1 / math.sqrt(in_features)
+        draws = {
+            "weight": partial(init.kaiming_uniform_, a=math.sqrt(5)),
+            "bias": partial(init.uniform_, a=-bound, b=bound),
+        }
+        for name, meta in self.param_init_meta.items():
+            meta.init_fn = draws[name]
 
     def forward(self, inp: Tensor, *args: Any, **options: Any) -> Any:
         """Map ``[..., in_features]`` to ``[..., out_features]``."""
@@ -115,11 +123,6 @@ def quantized_linear(make: Callable[..., Linear], initial: Tensor, device: str) 
             weight.copy_(initial)
 
     layer = make(device="meta" if initial.is_meta else device, init_method=start)
-    # From now on, initial values are drawn as torch draws them.
-    layer.param_init_meta["weight"].init_fn = partial(init.kaiming_uniform_, a=math.sqrt(5))
-    if "bias" in layer.param_init_meta:
-        bound = 1 / math.sqrt(layer.in_features)
-        layer.param_init_meta["bias"].init_fn = partial(init.uniform_, a=-bound, b=bound)
     layer.register_state_dict_post_hook(_dequantize_weight)
     return layer
 
