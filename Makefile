@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 WORKERS := --numprocesses auto --maxprocesses 4 --dist loadfile
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-te test-slow test-gpu lint format docs dist clean
+.PHONY: demo test test-te test-slow test-gpu gpu-report lint format docs dist clean
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/demo.py
@@ -28,6 +28,10 @@ test-slow: $(INSTALLED)
 
 test-gpu: $(INSTALLED)
 	$(BIN)/python -m pytest -m gpu
+
+# On a machine with a CUDA or ROCm GPU: its tests and what a step costs, in gpu_report.md.
+gpu-report: $(INSTALLED)
+	$(BIN)/python benchmarks/gpu_report.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
