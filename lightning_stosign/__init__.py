@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         StoSignSGD,
         emulate_state_precision,
         promote_state,
+        resume_with,
         state_bytes,
     )
     from lightning_stosign.precision import Float8Precision
@@ -49,6 +50,7 @@ __all__ = [
     "emulate_state_precision",
     "find_step_size",
     "promote_state",
+    "resume_with",
     "state_bytes",
 ]
 

@@ -16,6 +16,7 @@ from lightning_stosign._training_follower import follow_training
 from lightning_stosign.optim.alias.alias import ALIAS
 from lightning_stosign.optim.base import check_choice, check_number
 from lightning_stosign.optim.emulation import emulate_state_precision
+from lightning_stosign.optim.resuming import resume_with
 from lightning_stosign.optim.signsgd import SignSGD
 from lightning_stosign.optim.states.state_precision import StatePrecision
 from lightning_stosign.optim.stosign import StoSignSGD
@@ -36,6 +37,13 @@ _DEFAULT_BETAS: dict[str, tuple[float, float]] = {
     "sign-adamw": (0.9, 0.95),
     "sign-adamax": (0.9, 0.999),
     "alias": (0.9, 0.999),
+}
+
+# What the fields that keep_on_resume may name are called in optimizers' param groups.
+_OPTIONS_OF_FIELDS = {
+    "betas": ("betas", "momentum", "beta2"),
+    **{name: (name,) for name in ("lr", "weight_decay", "stochastic", "seed", "state_precision")},
+    **{name: (name,) for name in ("param_rounding", "on_nonfinite")},
 }
 
 _NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
@@ -69,6 +77,10 @@ class StoSignConfig:
         param_rounding: how stosign and signsgd round bfloat16 and float16 parameters after their update in float32:
             ``"stochastic"``, so that a step below half of their spacing is kept on average, or ``"nearest"``.
         on_nonfinite: what this package's optimizers do about a gradient with inf or NaN: ``"raise"`` or ``"skip"``.
+        keep_on_resume: names of options above whose new values are to be kept where a checkpoint has others, e.g.
+            ``("lr", "state_precision")``; see :func:`resume_with`. The others are the checkpoint's, with a warning.
+        convert_on_resume: convert the state of another optimizer, such as AdamW's, where possible, instead of refusing
+            it; see :func:`resume_with`.
 
     Raises:
         ValueError: an argument is out of range.
@@ -93,6 +105,8 @@ class StoSignConfig:
     seed: int = 0
     param_rounding: Literal["stochastic", "nearest"] = "stochastic"
     on_nonfinite: Literal["raise", "skip"] = "raise"
+    keep_on_resume: tuple[str, ...] = ()
+    convert_on_resume: bool = False
 
     def __post_init__(self) -> None:
         check_choice("optimizer", self.optimizer, get_args(OptimizerName))
@@ -108,18 +122,24 @@ class StoSignConfig:
             raise TypeError(f"warmup_steps={self.warmup_steps!r} must be an int")
         if self.warmup_steps < 0:
             raise ValueError(f"warmup_steps={self.warmup_steps} must be at least 0")
-        if isinstance(self.no_decay, str) or not isinstance(self.no_decay, (tuple, list)):
-            raise TypeError(f"no_decay={self.no_decay!r} must be a list of strings")
-        # Frozen and of plain values: hashable, and a checkpoint that holds one loads with weights_only=True.
-        object.__setattr__(self, "no_decay", tuple(self.no_decay))
+        for name in ("no_decay", "keep_on_resume"):
+            value = getattr(self, name)
+            if isinstance(value, str) or not isinstance(value, (tuple, list)):
+                raise TypeError(f"{name}={value!r} must be a list of strings")
+            # Frozen and of plain values: hashable, and a checkpoint that holds one loads with weights_only=True.
+            object.__setattr__(self, name, tuple(value))
+        for option in self.keep_on_resume:
+            check_choice("keep_on_resume", option, tuple(_OPTIONS_OF_FIELDS))
+        check_choice("convert_on_resume", self.convert_on_resume, (True, False))
         if self.betas is not None:
             if not isinstance(self.betas, (tuple, list)) or len(self.betas) != 2:
                 raise TypeError(f"betas={self.betas!r} must be a pair of numbers or None")
             object.__setattr__(self, "betas", tuple(self.betas))
         if self.state_precision is not None:
             object.__setattr__(self, "state_precision", str(StatePrecision.parse(self.state_precision)))
-        # The optimizer knows its own options best: let it refuse them now rather than when training starts.
-        self.build_optimizer([{"params": [nn.Parameter(torch.zeros(1, 1))]}])
+        # The optimizer knows its own options best: let it refuse them now rather than when training starts. The
+        # parameter is on the meta device, so that it takes no memory, and large enough for any min_numel.
+        self.build_optimizer([{"params": [nn.Parameter(torch.empty(1 << 16, 1 << 16, device="meta"))]}])
 
     def build_optimizer(self, params: Iterable[dict[str, Any]]) -> Optimizer:
         """Return the optimizer for these param groups, whose ``weight_decay`` is their own.
@@ -180,6 +200,12 @@ class StoSignConfig:
             optimizer = _muon(groups, lr=self.lr, betas=betas, weight_decay=self.weight_decay)
         if self.state_precision is not None:
             emulate_state_precision(optimizer, self.state_precision)
+        return optimizer
+
+    def resumed(self, optimizer: Optimizer) -> Optimizer:
+        """Return the optimizer, told by :func:`resume_with` how to take a checkpoint's state."""
+        options = [option for field in self.keep_on_resume for option in _OPTIONS_OF_FIELDS[field]]
+        resume_with(optimizer, [o for o in options if o in optimizer.defaults], convert=self.convert_on_resume)
         return optimizer
 
 
@@ -273,7 +299,7 @@ class StoSignMixin:
         """
         config = self.stosign
         module = self._as_module()
-        optimizer = config.build_optimizer(self.param_groups())
+        optimizer = config.resumed(config.build_optimizer(self.param_groups()))
         follow_training(optimizer, module, self._group_rule)
         if config.schedule == "constant" and config.warmup_steps == 0:
             return {"optimizer": optimizer}

@@ -3,6 +3,7 @@
 from lightning_stosign.optim.alias.alias import ALIAS
 from lightning_stosign.optim.emulation import emulate_state_precision
 from lightning_stosign.optim.promotion import promote_state
+from lightning_stosign.optim.resuming import resume_with
 from lightning_stosign.optim.signsgd import SignSGD
 from lightning_stosign.optim.states.state_precision import StatePrecision
 from lightning_stosign.optim.states.storage import state_bytes
@@ -19,5 +20,6 @@ __all__ = [
     "StoSignSGD",
     "emulate_state_precision",
     "promote_state",
+    "resume_with",
     "state_bytes",
 ]

@@ -133,36 +133,39 @@ class StrictOptimizer(FollowingOptimizer, ABC):
                     return f"{name} {list(param.shape)}"
         raise KeyError("the parameter is not in this optimizer")
 
+    def _reconciled(self, state_dict: StateDict) -> StateDict:
+        self._loading = super()._reconciled(state_dict)
+        return self._loading
+
     def load_state_dict(self, state_dict: StateDict) -> None:
         """Load a state, as in torch.optim, but with every state tensor in the dtype it was saved in.
 
-        Options in the state_dict's param groups replace the current ones, ``state_precision`` included.
+        Options in the state_dict's param groups replace the current ones, ``state_precision`` included, with a warning
+        that names them; :func:`resume_with` says which to keep.
+
+        Raises:
+            ValueError: another optimizer has saved the state.
         """
+
         # torch casts states to the parameter's dtype (float8 to float32, the scale to bfloat16), so they are put back
         # from the state_dict as torch used it: after the last pre-hook, before the first post-hook.
-        used: list[StateDict] = []
-
-        def remember(_: Optimizer, state_dict: StateDict) -> None:
-            used.append(state_dict)
-
         def restore(_: Optimizer) -> None:
             params = [param for group in self.param_groups for param in group["params"]]
-            saved_ids = [i for group in used[0]["param_groups"] for i in group["params"]]
+            saved_ids = [i for group in self._loading["param_groups"] for i in group["params"]]
             for saved_id, param in zip(saved_ids, params, strict=True):
-                for name, value in used[0]["state"].get(saved_id, {}).items():
+                for name, value in self._loading["state"].get(saved_id, {}).items():
                     if isinstance(value, Tensor):
                         # The package's own counts stay on the CPU; torch knows where another optimizer's belong.
                         is_count = value.dtype == torch.int64 and (value.dim() == 0 or name.endswith(SHAPE_SUFFIX))
                         device = torch.device("cpu") if is_count else self.state[param][name].device
                         self.state[param][name] = value.detach().to(device=device, copy=True)
 
-        before = self.register_load_state_dict_pre_hook(remember)
         after = self.register_load_state_dict_post_hook(restore, prepend=True)
         try:
             super().load_state_dict(state_dict)
         finally:
-            before.remove()
             after.remove()
+            self.__dict__.pop("_loading", None)
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what pickle and deepcopy keep; FP8 tensors as bytes, since torch (2.13) cannot unpickle them."""

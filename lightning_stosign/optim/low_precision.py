@@ -72,6 +72,12 @@ class LowPrecisionOptimizer(VotedSteps):
         self._stored_in = {param: group["state_precision"] for param, group in groups if param in self.state}
         self._counts = {}
 
+    def _groups_changed(self, changed: list[dict[str, Any]]) -> None:
+        super()._groups_changed(changed)
+        # A parameter that left and comes back is a new one.
+        self._stored_in = {param: spec for param, spec in self._stored_in.items() if param in self.state}
+        self._counts = {param: count for param, count in self._counts.items() if param in self.state}
+
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
         check_choice("maximize", group["maximize"], (True, False))

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT, StateDict
 
+from lightning_stosign.optim.resuming import reconcile, restore_precision, wanted_precisions
+
 GroupRule = Callable[[dict[str, Any]], list[dict[str, Any]]]
 
 
@@ -92,6 +94,34 @@ class FollowingOptimizer(Optimizer):
             for group in self.param_groups
             for param, name in zip(group["params"], group["param_names"], strict=True)
         }
+
+    reconciles = True  # what loading a state does with it, see resuming.py
+
+    def _reconciled(self, state_dict: StateDict) -> StateDict:
+        """Return what to load of a state, after all other hooks."""
+        return reconcile(self, state_dict)
+
+    def load_state_dict(self, state_dict: StateDict) -> None:
+        """Load a state, as in torch.optim; :func:`resume_with` says what of it.
+
+        Raises:
+            ValueError: another optimizer has saved the state.
+        """
+        self._follow_groups()
+        wanted: list[Any] | None = None
+
+        def take(_: Optimizer, state_dict: StateDict) -> StateDict:
+            nonlocal wanted
+            wanted = wanted_precisions(self, state_dict)
+            return self._reconciled(state_dict)
+
+        hook = self.register_load_state_dict_pre_hook(take)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            hook.remove()
+        if wanted is not None:
+            restore_precision(self, wanted)
 
     def state_dict(self) -> StateDict:
         """Return the state, as in torch.optim."""

@@ -1,25 +1,18 @@
 """Moving one parameter's states to wider storage in the middle of a run."""
 
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lightning_stosign.optim.emulation import emulated_precision, is_moment
 from lightning_stosign.optim.low_precision import LowPrecisionOptimizer
-from lightning_stosign.optim.sharding import local, shard_of
+from lightning_stosign.optim.states.conversion import store_anew
 from lightning_stosign.optim.states.state_precision import FLOAT32, OVERRIDE, StatePrecision, precision_of
-from lightning_stosign.optim.states.storage import (
-    SCALE_SUFFIX,
-    companions,
-    init_state,
-    is_packed,
-    read_state,
-    write_state,
-)
+from lightning_stosign.optim.states.storage import SCALE_SUFFIX, is_packed
 
 
 def next_wider(precision: StatePrecision) -> StatePrecision | None:
@@ -119,32 +112,9 @@ def promote_state(optimizer: Optimizer, param: Tensor) -> StatePrecision:
     if isinstance(optimizer, LowPrecisionOptimizer):
         for name in [n for n, v in state.items() if is_moment(n, v, param) or is_packed(state, n)]:
             if not name.endswith(SCALE_SUFFIX):
-                _store_anew(state, name, param, old, new)
+                store_anew(state, name, param, old, new)
     state[OVERRIDE] = str(new).encode()
     return new
-
-
-def _store_anew(state: dict[str, Any], name: str, param: Tensor, old: StatePrecision, new: StatePrecision) -> None:
-    old_entries = [name, *companions(state, name)]
-    value = read_state({key: local(state[key]) for key in old_entries}, name, old)
-    # Exact, but for fp4-block and for scales beyond bfloat16's range; the envelope must not fall below the momentum.
-    rounding: Literal["nearest", "up"] = "up" if name == "exp_inf" else "nearest"
-    for key in old_entries:
-        del state[key]
-    init_state(state, name, param, new)
-    shard = shard_of(param)
-    if shard is None or not isinstance(param, DTensor):
-        write_state(state, name, value, new, rounding=rounding)
-        return
-    # A scale is that of the unsharded parameter's state, so that is put together for the moment.
-    whole: dict[str, Any] = {}
-    gathered = shard.wrap(value, param).full_tensor()
-    init_state(whole, name, gathered, new)
-    write_state(whole, name, gathered, new, rounding=rounding)
-    parts = distribute_tensor(whole[name].float(), param.device_mesh, param.placements, src_data_rank=None)
-    local(state[name]).copy_(parts.to_local())
-    for key in companions(whole, name):
-        state[key].copy_(whole[key])
 
 
 def _is_cut(param: Tensor) -> bool:

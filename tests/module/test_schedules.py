@@ -139,3 +139,13 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tmp_path, name, 
     assert (run.global_step, len(resumed.lrs)) == (16, 8)
     for (key, p), q in zip(straight.named_parameters(), resumed.parameters(), strict=True):
         assert torch.equal(p, q), key
+
+
+def test_a_resume_with_a_kept_lr_follows_the_schedule_from_a_new_peak(tmp_path):
+    saver = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=4, save_top_k=-1)
+    fit(linear(), max_steps=8, callbacks=[saver], enable_checkpointing=True)
+    with pytest.warns(UserWarning, match=r"lr=1\.0 \(not 0\.5\)"):
+        fit(StoSignConfig(**{**vars(linear()), "lr": 0.5}), ckpt_path=tmp_path / "step=4.ckpt", max_steps=8)
+    config = StoSignConfig(**{**vars(linear()), "lr": 0.5, "keep_on_resume": ("lr",)})
+    model, _ = fit(config, ckpt_path=tmp_path / "step=4.ckpt", max_steps=8)
+    assert [lrs[0] for lrs in model.lrs] == pytest.approx([0.5 * (1 - k / 8) for k in (4, 5, 6, 7)])
