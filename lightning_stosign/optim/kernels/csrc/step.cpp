@@ -36,6 +36,12 @@ uint32_t to_bits(float value) {
 
 constexpr uint32_t SIGN = 1u << 31, EXPONENT = 0x7F800000;
 
+// A gradient beyond this counts as this, so that no difference and no rounded state of finite numbers overflows.
+constexpr float LARGEST_GRADIENT = 0x1p126f;
+
+// NaN stays NaN.
+float limited(float value, float limit) { return std::min(std::max(value, -limit), limit); }
+
 // What a number is rounded to, and its bits.
 template <class Bits>
 struct Rounded {
@@ -67,7 +73,7 @@ struct AtRandom {
 // What is known of a number: a parameter's or momentum's sign is kept, an envelope has none.
 enum class Kind { number, size };
 
-// Formats. Beyond the range, `rounded` gives the largest number, or inf if it does not saturate; NaN stays NaN.
+// Formats. Beyond the range, `rounded` gives the largest number; NaN stays NaN.
 
 struct Float32 {
     using Stored = float;
@@ -77,7 +83,7 @@ struct Float32 {
     static bool exceeds(float size, float other) { return size > other || size != size; }  // NaN does
     template <Kind = Kind::number>
     static float decode(float stored) { return stored; }
-    template <bool saturate, Kind = Kind::number, class Round>
+    template <Kind = Kind::number, class Round>
     static Rounded<float> rounded(float value, Round) { return {value, value}; }
 };
 
@@ -90,10 +96,10 @@ struct BFloat16 {
     template <Kind = Kind::number>
     static float decode(Stored stored) { return from_bits(uint32_t(stored) << 16); }
 
-    template <bool saturate, Kind = Kind::number, class Round>
+    template <Kind = Kind::number, class Round>
     static Rounded<Stored> rounded(float value, Round round) {
         const uint32_t size = to_bits(value) & ~SIGN;
-        const uint32_t number = round.bfloat16(std::min(size, saturate ? largest : EXPONENT));
+        const uint32_t number = round.bfloat16(std::min(size, largest));
         const uint32_t bits = (size > EXPONENT ? 0x7FC00000 : number & 0xFFFF0000) | (to_bits(value) & SIGN);
         return {from_bits(bits), Stored(bits >> 16)};
     }
@@ -108,7 +114,6 @@ struct Narrow {
     static constexpr uint32_t sign = 1u << (width - 1), nan = sign - 1, infinity = LARGEST + 1;  // or NaN
     static constexpr uint32_t smallest_normal = (128 - BIAS) << 23;                              // as float32
     static constexpr uint32_t largest = (LARGEST << dropped) + ((127 - BIAS) << 23);
-    static constexpr uint32_t beyond = (largest & EXPONENT) + (1 << 23);
 
     static Stored magnitude(Stored stored) { return stored & (sign - 1); }
     static bool exceeds(Stored size, Stored other) { return size > other; }
@@ -125,11 +130,11 @@ struct Narrow {
         return kind == Kind::size ? value : from_bits(to_bits(value) | uint32_t(stored & sign) << (32 - width));
     }
 
-    template <bool saturate, Kind kind = Kind::number, class Round>
+    template <Kind kind = Kind::number, class Round>
     static Rounded<Stored> rounded(float value, Round round) {
         const uint32_t sign_of_value = kind == Kind::size ? 0 : to_bits(value) & SIGN;
         const uint32_t size = kind == Kind::size ? to_bits(value) : to_bits(value) & ~SIGN;
-        const uint32_t limited = std::min(size, saturate ? largest : beyond);
+        const uint32_t limited = std::min(size, largest);
         const uint32_t binade = std::max(limited & EXPONENT, smallest_normal);
         const uint32_t spacing = binade - (MANTISSA << 23);
         const float units = round(from_bits(limited) * from_bits((254u << 23) - spacing));
@@ -156,8 +161,6 @@ constexpr bool only_rises = !DECAYS && !scaled;  // the envelope
 // GPT's cache lines one in 60 has such an envelope in the 50th step, one in 250 in the 200th. It needs masked stores.
 #if defined(__AVX512BW__)
 constexpr bool only_risen = true;
-#elif defined(__AVX__)
-constexpr bool only_risen = !State::narrow;
 #else
 constexpr bool only_risen = false;
 #endif
@@ -240,6 +243,7 @@ void rescale(const float *values, int n, float *scale, Factors &factors) {
 float larger(float a, float b) { return from_bits(std::max(to_bits(a), to_bits(b))); }
 
 float momentum(float m, float grad, const Constants &constants) {
+    grad = limited(grad, LARGEST_GRADIENT);
     return m + ((MAXIMIZE ? -grad : grad) - m) * constants.weight;
 }
 
@@ -260,8 +264,8 @@ struct MomentumRow {
     float store(float value, int i) const {
         if (scaled) value *= factors.write;
         const auto rounded = [&] {
-            if constexpr (ROUND_STATE) return State::template rounded<true>(value, AtRandom{noise.bits(i)});
-            else return State::template rounded<true>(value, ToNearest());
+            if constexpr (ROUND_STATE) return State::rounded(value, AtRandom{noise.bits(i)});
+            else return State::rounded(value, ToNearest());
         }();
         stored[i] = rounded.bits;
         return scaled ? rounded.value * factors.back : rounded.value;
@@ -283,11 +287,11 @@ struct EnvelopeRow {
     // Stores G_t = max(beta2 G_{t-1}, |m_t|) and returns it as stored.
     float store(float value, float at_least, int i) const {
         if (scaled) value *= factors.write, at_least *= factors.write;
-        auto rounded = State::template rounded<true, Kind::size>(larger(value, at_least), Up());
+        auto rounded = State::template rounded<Kind::size>(larger(value, at_least), Up());
         if constexpr (ROUND_DECAYED && State::narrow) {
             // What is left of a decay is rounded at random: up would undo it.
-            const auto random = State::template rounded<true, Kind::size>(value, AtRandom{noise.bits(i)});
-            rounded = State::template rounded<true, Kind::size>(at_least, Up());
+            const auto random = State::template rounded<Kind::size>(value, AtRandom{noise.bits(i)});
+            rounded = State::template rounded<Kind::size>(at_least, Up());
             rounded = {larger(random.value, rounded.value), std::max(random.bits, rounded.bits)};
         }
         stored[i] = rounded.bits;
@@ -329,9 +333,11 @@ struct ParamRow {
             value = stepped(value, constants.lr, MOMENTUM ? m : (MAXIMIZE ? -1 : 1) * Param::decode(grad[i]));
         }
         if constexpr (ROUND_PARAM) {
-            param[i] = Param::rounded<true>(value, AtRandom{rounding.bits(i)}).bits;
+            param[i] = Param::rounded(value, AtRandom{rounding.bits(i)}).bits;
+        } else if constexpr (Param::narrow) {
+            param[i] = Param::rounded(value, ToNearest()).bits;
         } else {
-            param[i] = Param::rounded<false>(value, ToNearest()).bits;
+            param[i] = limited(value, from_bits(Param::largest));
         }
     }
 };
@@ -397,8 +403,10 @@ void find_largest(const Run &run, int64_t at, int n, const Constants &constants,
     uint32_t m = 0;
     #pragma omp simd reduction(max : m)
     for (int i = 0; i < n; ++i) {
-        const float next = momentum(State::decode(stored[i]) * scale, Param::decode(grad[i]), constants);
-        m = std::max(m, to_bits(next) & ~SIGN);
+        const float g = Param::decode(grad[i]);
+        const uint32_t next = to_bits(momentum(State::decode(stored[i]) * scale, g, constants)) & ~SIGN;
+        const uint32_t size = to_bits(g) & ~SIGN;
+        m = std::max(m, size < EXPONENT ? next : size);  // inf and NaN in a gradient are found by the way
     }
     of_m = larger(of_m, from_bits(m));
     if constexpr (ENVELOPE) {
