@@ -20,11 +20,13 @@ from lightning_stosign.optim.numerics.noise import (
     uniform_fraction,
     uniform_noise,
 )
-from lightning_stosign.optim.numerics.rounding import round_stochastically
+from lightning_stosign.optim.numerics.rounding import LARGEST_GRADIENT, round_stochastically, round_to_nearest
 from lightning_stosign.optim.states.codec import Codec, Fp4Codec
 from lightning_stosign.optim.states.state_precision import FP8_DTYPES
 
 WORTH = 0
+
+_OVERFLOWING_LR = 2.0**100  # with less, not even float32's largest number moves: its spacing is 2**104
 
 # Values in a piece: on the CPU 1 MiB of float32.
 _PIECE, _ACCELERATOR_PIECE = 1 << 18, 1 << 26
@@ -33,9 +35,9 @@ _PIECE, _ACCELERATOR_PIECE = 1 << 18, 1 << 26
 # The formulas. Arguments that end up in the result's memory come first.
 
 
-def momentum(m: Tensor, g: Tensor, weight: float) -> Tensor:
-    """m_t = beta1 m_{t-1} + (1 - beta1) g_t, with the weight 1 - beta1."""
-    return m.add_((g - m).mul_(weight))
+def momentum(m: Tensor, g: Tensor, weight: float, largest: float = LARGEST_GRADIENT) -> Tensor:
+    """m_t = beta1 m_{t-1} + (1 - beta1) g_t, with the weight 1 - beta1, and g_t at most so large that all is finite."""
+    return m.add_(g.clamp(-largest, largest).sub_(m).mul_(weight))
 
 
 def decayed(G: Tensor, beta2: float) -> Tensor:
@@ -62,7 +64,11 @@ def descend(x: Tensor, direction: Tensor, lr: Any, decay: Any) -> Tensor:
     """x_{t+1} = x_t - lr direction - lr lambda x_t, with the decay 1 - lr lambda."""
     if isinstance(decay, Tensor) or decay != 1:
         x.mul_(decay)
-    return x.sub_(direction.mul_(lr))
+    x.sub_(direction.mul_(lr))
+    if not isinstance(lr, Tensor) and lr < _OVERFLOWING_LR and -1 <= decay <= 1:
+        return x
+    largest = torch.finfo(x.dtype).max
+    return x.clamp_(-largest, largest)
 
 
 def step(
@@ -92,7 +98,7 @@ def step(
     m_t = -g if kind.maximize else g
     if m is not None:
         fraction = draw(Stream.ROUND_STATE) if Stream.ROUND_STATE in kind.streams else None
-        m_t = m.encode(momentum(m.decode(), m_t, weight), fraction)
+        m_t = m.encode(momentum(m.decode(), m_t, weight, m.largest_gradient), fraction)
     if G is None:
         return descend(x, m_t.sign(), lr, decay)
     # Of m_t as it was stored, so that G_t covers it.
@@ -156,7 +162,8 @@ def _largest(job: Job) -> Tensor:
         m, G = _codecs(job, states, x, row, None)
         values = []
         if m is not None:
-            values.append(momentum(m.decode(), -g if kind.maximize else g, job.numbers.weight).abs().amax())
+            next_m = momentum(m.decode(), -g if kind.maximize else g, job.numbers.weight, m.largest_gradient)
+            values.append(torch.where(g.isfinite(), next_m, g).abs().amax())
         if G is not None:
             values.append(decayed(G.decode(), job.numbers.beta2).amax())
         found.append(torch.stack(values).to(torch.float32))
@@ -175,7 +182,7 @@ def _update(job: Job, piece: Sequence[Any], first: int, row: int, new_scales: Te
     if kind.round_param:
         # A step of lr is often below half the spacing of the parameter's numbers, and would be lost each time.
         value = round_stochastically(value, x.dtype, draw(Stream.ROUND_PARAM))
-    x.copy_(value)
+    x.copy_(round_to_nearest(value, x.dtype))
 
 
 def _draw(job: Job, first: int, like: Tensor, stream: Stream) -> Tensor:

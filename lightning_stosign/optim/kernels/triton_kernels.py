@@ -220,6 +220,9 @@ def _load(pointer, inside, WHOLE: tl.constexpr):
 def _momentum(m, grad, weight, MAXIMIZE: tl.constexpr):
     """m_t = beta1 m_{t-1} + (1 - beta1) g_t."""
     grad = -grad if MAXIMIZE else grad
+    grad = tl.minimum(
+        tl.maximum(grad, -8.507059173023462e37), 8.507059173023462e37
+    )  # numerics.rounding.LARGEST_GRADIENT
     return m + (grad - m) * weight
 
 
@@ -327,8 +330,9 @@ def _update_rows(
         step = tl.where((direction > 0) | (direction < 0), step, 0.0)
     x = x * decay - step
     hashed = _hash(index, tl.load(run + DRAW_PARAM)) if ROUND_PARAM else i
-    # To nearest it is a cast: beyond the format lies inf.
-    _, stored = _encode(x, hashed, PARAM_FORMAT, ROUND_PARAM, STOCHASTIC if ROUND_PARAM else NEAREST, True)
+    if PARAM_FORMAT == FLOAT32:
+        x = tl.minimum(tl.maximum(x, -3.4028234663852886e38), 3.4028234663852886e38)
+    _, stored = _encode(x, hashed, PARAM_FORMAT, True, STOCHASTIC if ROUND_PARAM else NEAREST, True)
     tl.store(x_at, stored, mask=None if WHOLE else inside)
 
 
@@ -400,8 +404,10 @@ def largest(
             stored_m = tl.load(m_at, mask=inside, other=0)
         scale = tl.load(tl.load(run + MOMENTUM_SCALE).to(tl.pointer_type(tl.float32)))
         m = _decode(stored_m, STATE_FORMAT, True) * scale
-        m = _momentum(m, _decode(stored_g, PARAM_FORMAT, True), tl.load(numbers + 2), MAXIMIZE)
-        tl.atomic_max(found, tl.max(_bits(m) & _MAGNITUDE, axis=0))
+        g = _decode(stored_g, PARAM_FORMAT, True)
+        m = _momentum(m, g, tl.load(numbers + 2), MAXIMIZE)
+        size = _bits(g) & _MAGNITUDE
+        tl.atomic_max(found, tl.max(tl.where(size < _INFINITY, _bits(m) & _MAGNITUDE, size), axis=0))
         found += 1
     if HAS_ENVELOPE:
         G_at = _pointer(tl.load(run + ENVELOPE), STATE_FORMAT, ALIGNED) + at + i

@@ -15,6 +15,7 @@ from torch import Tensor
 from lightning_stosign.optim.numerics.rounding import power_of_two_scale, round_up
 
 E2M1_MAX = 6.0
+E2M1_EPS = 0.5
 SCALE_DTYPE = torch.float8_e4m3fn
 
 _E4M3 = torch.finfo(SCALE_DTYPE)

@@ -5,6 +5,13 @@ import math
 import torch
 from torch import Tensor
 
+LARGEST_GRADIENT = 2.0**126
+"""The magnitude as which every larger gradient counts, if states are stored in float32 or less.
+
+A power of two is stored exactly under any scale, so that no state rounds to more, in whichever direction. And twice as
+much is finite: so are ``g - m`` and ``m + G n``.
+"""
+
 _EXPONENT_BITS = 0x7F800000  # of float32
 _BFLOAT16_BITS = -0x10000  # of float32, those that bfloat16 has
 
@@ -14,6 +21,12 @@ def round_to_nearest(value: Tensor, dtype: torch.dtype) -> Tensor:
     # The clamp is for CUDA, where an FP8 cast beyond the range gives NaN or inf, and for float16.
     largest = torch.finfo(dtype).max
     return value.clamp(-largest, largest).to(dtype)
+
+
+def below_overflow(value: Tensor, eps: float) -> Tensor:
+    """Limit float32 values so that they stay finite when they are rounded to a format of this ``eps``, at any scale."""
+    largest = (2.0 - eps) * 2.0**127
+    return value.clamp(-largest, largest)
 
 
 def round_up(value: Tensor, dtype: torch.dtype) -> Tensor:

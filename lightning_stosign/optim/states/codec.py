@@ -9,6 +9,7 @@ from torch.nn.functional import pad
 from lightning_stosign.optim.numerics.fp4 import read_fp4, store_fp4
 from lightning_stosign.optim.numerics.fp8 import widen
 from lightning_stosign.optim.numerics.rounding import (
+    LARGEST_GRADIENT,
     power_of_two_scale,
     round_stochastically,
     round_to_nearest,
@@ -41,6 +42,11 @@ class Codec:
         self._stored, self._precision, self._scale, self._new_scale = stored, precision, scale, new_scale
         self._dtype, self._compute_dtype = stored.dtype, compute_dtype
         self._is_exact = stored.dtype == compute_dtype
+
+    @property
+    def largest_gradient(self) -> float:
+        """The magnitude up to which a gradient may count, for the state to stay finite."""
+        return 2.0**1022 if self._stored.dtype == torch.float64 else LARGEST_GRADIENT
 
     def decode(self) -> Tensor:
         """Return the values, to be changed in place and then handed to a method that encodes."""

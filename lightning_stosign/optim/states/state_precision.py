@@ -78,6 +78,10 @@ class StatePrecision:
             raise TypeError(f"static_scale={self.static_scale!r} must be a number")
         if not (math.isfinite(self.static_scale) and math.frexp(self.static_scale)[0] == 0.5):
             raise ValueError(f"static_scale={self.static_scale} must be a power of two, such as 1024, to scale exactly")
+        if not 2.0**-63 <= self.static_scale <= 2.0**63:
+            raise ValueError(
+                f"static_scale={self.static_scale} must be between 2**-63 and 2**63: its square is used too"
+            )
         object.__setattr__(self, "static_scale", float(self.static_scale))
         if self.is_fp4 and (self.scaling != "block" or self.block_size % 2 != 0):
             raise ValueError(

@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lightning_stosign.optim.numerics.fp4 import (
+    E2M1_EPS,
     E2M1_MAX,
     FP4_LARGEST,
     SCALE_DTYPE,
@@ -21,6 +22,7 @@ from lightning_stosign.optim.numerics.fp4 import (
 from lightning_stosign.optim.numerics.fp8 import widen
 from lightning_stosign.optim.numerics.noise import uniform_fraction
 from lightning_stosign.optim.numerics.rounding import (
+    below_overflow,
     power_of_two_scale,
     round_stochastically,
     round_to_nearest,
@@ -58,6 +60,7 @@ def quantize(
     scale = None
     scaled = value.float() * static_scale if static_scale != 1.0 else value.float()
     if precision.scaling != "none":
+        scaled = below_overflow(scaled, torch.finfo(precision.dtype).eps)
         scale = power_of_two_scale(_block_amax(scaled, precision), torch.finfo(precision.dtype).max)
         scaled = _by_block(torch.div, scaled, scale, precision)
     if rounding == "up":
@@ -100,7 +103,7 @@ def pack(
     rounding: Literal["nearest", "up"] = "nearest",
 ) -> Packed:
     """Round a state to four bits a value; as :func:`quantize`, but that a NaN takes its block with it."""
-    value = value.float()
+    value = below_overflow(value.float(), E2M1_EPS)
     tensor_scale = fp4_tensor_scale(value.abs().amax())
     stored, scale = store_fp4(_blocks(value, precision.block_size), tensor_scale, rounding)
     return Packed(stored.flatten(), scale, tensor_scale)

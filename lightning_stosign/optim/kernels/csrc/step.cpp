@@ -161,6 +161,8 @@ constexpr bool only_rises = !DECAYS && !scaled;  // the envelope
 // GPT's cache lines one in 60 has such an envelope in the 50th step, one in 250 in the 200th. It needs masked stores.
 #if defined(__AVX512BW__)
 constexpr bool only_risen = true;
+#elif defined(__AVX__)
+constexpr bool only_risen = !State::narrow;
 #else
 constexpr bool only_risen = false;
 #endif
@@ -337,10 +339,17 @@ struct ParamRow {
         } else if constexpr (Param::narrow) {
             param[i] = Param::rounded(value, ToNearest()).bits;
         } else {
-            param[i] = limited(value, from_bits(Param::largest));
+            param[i] = value;
         }
     }
 };
+
+// Brings float32 parameters that overflowed back to the largest number.
+void saturate(Param::Stored *param, int n) {
+    if constexpr (!Param::narrow) {
+        for (int i = 0; i < n; ++i) param[i] = limited(param[i], from_bits(Param::largest));
+    }
+}
 
 void update_row(const Run &run, int64_t at, int n, const Constants &constants) {
     const Param::Stored *grad = run.grad + at;
@@ -425,7 +434,11 @@ struct Update {
     const Run *runs;
     Constants constants;
 
-    void visit(int64_t run, int64_t at, int64_t n) const { update_row(runs[run], at, int(n), constants); }
+    void visit(int64_t run, int64_t at, int64_t n) const {
+        update_row(runs[run], at, int(n), constants);
+        // With a smaller step, not even the largest number moves.
+        if (constants.lr >= 0x1p100f || std::fabs(constants.decay) > 1) saturate(runs[run].param + at, int(n));
+    }
     void finish(int64_t) const {}
 };
 
