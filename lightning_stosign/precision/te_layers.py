@@ -71,8 +71,9 @@ class Linear(te.Linear):
             self.get_parameter(name).requires_grad_(False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        was_meta = self.weight.is_meta
+        was_meta, trains = self.weight.is_meta, self.weight.requires_grad
         super()._apply(fn, recurse)
+        self.weight.requires_grad_(trains)  # TE's tensors forget it before 2.17
         if was_meta and self.primary_weights_in_fp8 and type(self.weight) is nn.Parameter and not self.weight.is_meta:
             # From the meta device comes a plain parameter without values. Nothing is drawn for it here.
             metas = self.param_init_meta.values()

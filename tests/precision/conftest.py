@@ -1,11 +1,13 @@
 import contextlib
 import os
 from collections.abc import Callable, Iterator
+from importlib import metadata
 from typing import Any
 
 import pytest
 import te_cpu
 import torch
+from packaging.version import Version
 
 from lightning_stosign.precision import te_backend
 from lightning_stosign.precision.te_backend import TransformerEngineBackend
@@ -46,6 +48,17 @@ def te(transformer_engine: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any
     from transformer_engine.pytorch.quantization import FP8GlobalStateManager
 
     FP8GlobalStateManager.reset()
+
+
+@pytest.fixture
+def since(te: Any) -> Callable[[str, str], None]:
+    """Skip a test of what an older TE does not have."""
+
+    def skip_before(version: str, what: str) -> None:
+        if Version(metadata.version("transformer_engine")) < Version(version):
+            pytest.skip(f"{what}: since Transformer Engine {version}")
+
+    return skip_before
 
 
 @pytest.fixture

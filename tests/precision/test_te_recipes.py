@@ -159,9 +159,9 @@ def seen_by(layer: torch.nn.Module) -> list[Any]:
     def look(*call: Any) -> None:
         manager = state()
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
-        seen.append(
-            (manager.is_fp8_enabled(), manager.quantization_state.autocast_depth, manager.get_fp8_group(), dtype)
-        )
+        now = getattr(manager, "quantization_state", None)  # since 2.15
+        depth = manager.AUTOCAST_DEPTH if now is None else now.autocast_depth
+        seen.append((manager.is_fp8_enabled(), depth, manager.get_fp8_group(), dtype))
 
     layer.register_forward_pre_hook(look)
     return seen
@@ -236,8 +236,9 @@ def test_a_recipe_object_of_te_is_refused_by_torchao(recipes: Any) -> None:
     ],
 )
 def test_a_custom_recipe_converts_what_its_formats_take(
-    te: Any, on_gpu: Any, recipes: Any, factory: str, capability: tuple, multiple: int
+    te: Any, on_gpu: Any, since: Any, recipes: Any, factory: str, capability: tuple, multiple: int
 ) -> None:
+    since("2.17", "factories by role")
     on_gpu(capability)
     factories = importlib.import_module("transformer_engine.pytorch.custom_recipes.quantizer_factories")
     recipe = recipes.CustomRecipe(qfactory=getattr(factories, factory))
@@ -254,7 +255,8 @@ def test_a_custom_recipe_converts_what_its_formats_take(
     assert 0 < (output - truth).norm() <= 0.1 * truth.norm()
 
 
-def test_a_custom_recipe_with_one_format_per_direction_takes_what_both_take(te: Any, recipes: Any) -> None:
+def test_a_custom_recipe_with_one_format_per_direction_takes_what_both_take(te: Any, since: Any, recipes: Any) -> None:
+    since("2.17", "one format per direction")
     from transformer_engine.pytorch.constants import DType
 
     e4m3 = DType.kFloat8E4M3

@@ -15,7 +15,10 @@ def fields(tensor: Any) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", ["kFloat8E4M3", "kFloat8E5M2"])
-def test_one_scale_per_tensor_has_the_bits_of_te_s_reference(te: Any, kind: str, dtype: torch.dtype) -> None:
+def test_one_scale_per_tensor_has_the_bits_of_te_s_reference(
+    te: Any, since: Any, kind: str, dtype: torch.dtype
+) -> None:
+    since("2.17", "the reference")
     from transformer_engine.pytorch.constants import DType
     from transformer_engine.pytorch.custom_recipes.reference_current_scaling import CurrentScalingQuantizerRef
 

@@ -35,6 +35,8 @@ def install(capability: tuple[int, int]) -> None:
         setattr(torch, name, _on_cpu(getattr(torch, name)))
     for name in _METHODS:
         setattr(torch.Tensor, name, _on_cpu(getattr(torch.Tensor, name)))
+    wrapper = _on_cpu(torch.Tensor._make_wrapper_subclass)
+    torch.Tensor._make_wrapper_subclass = staticmethod(wrapper)  # type: ignore[method-assign]
     torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
     is_cuda = torch.Tensor.is_cuda
     torch.Tensor.is_cuda = property(  # type: ignore[assignment]
