@@ -133,7 +133,20 @@ class TransformerEngineBackend(Float8Backend):
 
     def check(self, root: nn.Module) -> None:
         """See :meth:`Float8Backend.check`."""
-        for name, layer in self._layers_of(root).items():
+        from lightning_stosign.precision.te_fusion import FusedLayer
+
+        layers = self._layers_of(root)
+        own: dict[str, Any] = {name: layer for name, layer in layers.items() if isinstance(layer, self._layers.Linear)}
+        own |= {name: module for name, module in root.named_modules() if isinstance(module, FusedLayer)}
+        for name, layer in own.items():
+            if layer.in_features % self.multiple != 0 or layer.out_features % self.multiple != 0:
+                raise ValueError(
+                    f"{name} was converted for another recipe, and its {layer.in_features} inputs and "
+                    f"{layer.out_features} outputs are not multiples of {self.multiple}, as "
+                    f"{type(self.recipe).__name__} wants: build the model again"
+                )
+            layer.multiple = self.multiple
+        for name, layer in layers.items():
             for parameter_name, parameter in layer.named_parameters(recurse=False):
                 quantizer = getattr(parameter, "_quantizer", None)
                 kept_for = None if quantizer is None else quantizer._get_compatible_recipe()

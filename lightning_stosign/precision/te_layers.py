@@ -71,26 +71,40 @@ class Linear(te.Linear):
             self.get_parameter(name).requires_grad_(False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        was_meta, trains = self.weight.is_meta, self.weight.requires_grad
+        before = self._parameters.get("weight")
         super()._apply(fn, recurse)
-        self.weight.requires_grad_(trains)  # TE's tensors forget it before 2.17
-        if was_meta and self.primary_weights_in_fp8 and type(self.weight) is nn.Parameter and not self.weight.is_meta:
-            # From the meta device comes a plain parameter without values. Nothing is drawn for it here.
-            metas = self.param_init_meta.values()
-            initial = [meta.init_fn for meta in metas]
-            for meta in metas:
-                meta.init_fn = init.zeros_
-            self._reset_quantized(defer_init=False)
-            for meta, init_fn in zip(metas, initial, strict=True):
-                meta.init_fn = init_fn
+        weight = self._parameters.get("weight")
+        if isinstance(weight, te.QuantizedTensor) and before is not None:
+            weight.requires_grad_(before.requires_grad)  # TE's tensors forget it before 2.17
+        elif self._became_plain():  # a parameter without values, from the meta device
+            self._quantize(torch.zeros_like(self.weight))
         return self
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *rest)
         loaded = state_dict.get(f"{prefix}weight")
+        if self._became_plain():  # with assign=True
+            self._quantize(self.weight.detach())
         if loaded is not None and getattr(self.weight, "_high_precision_init_val", None) is not None:
             # Master weights start from these values: from the loaded ones, not from those before.
             cast(Any, self.weight)._high_precision_init_val = loaded.detach().to("cpu", self.weight.dtype, copy=True)
+
+    def _became_plain(self) -> bool:
+        """Whether the weight, which is to be in FP8 only, has plain values."""
+        weight = self._parameters.get("weight")
+        return bool(self.primary_weights_in_fp8) and type(weight) is nn.Parameter and not weight.is_meta
+
+    def _quantize(self, values: Tensor) -> None:
+        """Let TE make the weight from these values, which it takes from a function that initialises; draw nothing."""
+        sources = {"weight": values, "bias": self._parameters.get("bias")}
+        draws = {name: meta.init_fn for name, meta in self.param_init_meta.items()}
+        try:
+            for name, meta in self.param_init_meta.items():
+                meta.init_fn = partial(_copy, source=sources[name])
+            self._reset_quantized(defer_init=False)
+        finally:
+            for name, meta in self.param_init_meta.items():
+                meta.init_fn = draws[name]
 
 
 class LayerNorm(te.LayerNorm):
@@ -118,14 +132,14 @@ def quantized_linear(make: Callable[..., Linear], initial: Tensor, device: str) 
         initial: The values of the weight; on the meta device there are none.
         device: Where TE can quantise.
     """
-
-    def start(weight: Tensor) -> None:
-        with torch.no_grad():  # TE hands over the parameter itself
-            weight.copy_(initial)
-
-    layer = make(device="meta" if initial.is_meta else device, init_method=start)
+    layer = make(device="meta" if initial.is_meta else device, init_method=partial(_copy, source=initial))
     layer.register_state_dict_post_hook(_dequantize_weight)
     return layer
+
+
+def _copy(parameter: Tensor, source: Tensor) -> None:
+    with torch.no_grad():  # TE hands over the parameter itself
+        parameter.copy_(source)
 
 
 def stored_pieces(layer: nn.Module) -> dict[str, Tensor]:

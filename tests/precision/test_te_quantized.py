@@ -89,6 +89,19 @@ def test_a_materialised_model_loads_its_weights_into_fp8(te: Any) -> None:
         assert layer.weight.requires_grad == (name != "middle")
 
 
+@pytest.mark.parametrize("meta", [True, False])
+def test_assigned_weights_are_quantised_too(te: Any, meta: bool) -> None:
+    model = on_meta() if meta else te_plugin(quantized_weights=True).convert_module(net())
+    truth = net(seed=4)
+    state = torch.get_rng_state()
+    model.load_state_dict(truth.state_dict(), assign=True)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert isinstance(model.first.weight, te.QuantizedTensor)
+    torch.testing.assert_close(model.first.weight.dequantize(), truth.first.weight.data, rtol=1 / 16, atol=1e-3)
+    assert torch.equal(model.first.weight.get_high_precision_init_val(), truth.first.weight)
+    assert torch.equal(model.first.bias, truth.first.bias)
+
+
 def test_a_materialised_model_is_initialised_as_torch_does(te: Any) -> None:
     model = on_meta()
     model.to_empty(device="cpu")
@@ -210,3 +223,18 @@ def test_a_recipe_that_cannot_compute_with_stored_weights_is_refused_at_conversi
         plugin.convert_module(model)
         with plugin.forward_context():
             assert own(torch.randn(32, 128, dtype=torch.bfloat16)).isfinite().all()
+
+
+@pytest.mark.parametrize("fuse", [True, False])
+def test_a_second_recipe_takes_the_layers_of_the_first_or_refuses_them_at_conversion(
+    te: Any, on_gpu: Any, fuse: bool
+) -> None:
+    on_gpu(te_cpu.B200)
+    model = Wrapped(chain=nn.Sequential(nn.LayerNorm(128), nn.Linear(128, 64)))
+    te_plugin(recipe="current", fuse=fuse).convert_module(model)
+    finer = te_plugin(recipe="mxfp8")
+    finer.convert_module(model)
+    with finer.forward_context():
+        assert model.chain(torch.randn(5, 128)).shape == (5, 64)  # 5 tokens become 32
+    with pytest.raises(ValueError, match=r"chain\.1 was converted for another recipe, and its 128 inputs and 64 out"):
+        te_plugin(recipe="block").convert_module(model)
