@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_stosign._lightning_names import is_a
+from lightning_stosign._plain import make_fields_plain
 from lightning_stosign._training_follower import follow_training
 from lightning_stosign.optim.alias.alias import ALIAS
 from lightning_stosign.optim.base import check_choice, check_number
@@ -109,6 +110,7 @@ class StoSignConfig:
     convert_on_resume: bool = False
 
     def __post_init__(self) -> None:
+        make_fields_plain(self)
         check_choice("optimizer", self.optimizer, get_args(OptimizerName))
         check_choice("schedule", self.schedule, get_args(Schedule))
         check_choice("param_rounding", self.param_rounding, ("stochastic", "nearest"))

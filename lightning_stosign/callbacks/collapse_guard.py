@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lightning_stosign._lightning_names import is_a, under_both_names
+from lightning_stosign._plain import plain
 from lightning_stosign.callbacks._collapse_look import DEAD, EXPLODING, Look, Sickness, look_at
 from lightning_stosign.callbacks._collapse_report import table
 from lightning_stosign.callbacks._logging_gate import check_every_n_steps, is_due, record_step
@@ -102,6 +103,9 @@ class StateCollapseGuard(Callback):
         per_layer: bool = False,
         every_n_steps: int | None = None,
     ) -> None:
+        fractions = plain((max_zero_fraction, max_dead_fraction, max_exploding_fraction))
+        max_zero_fraction, max_dead_fraction, max_exploding_fraction = fractions
+        patience, per_layer, every_n_steps = plain((patience, per_layer, every_n_steps))
         limits = {"zero": max_zero_fraction, "dead": max_dead_fraction, "exploding": max_exploding_fraction}
         for name, value in limits.items():
             if isinstance(value, bool) or not isinstance(value, (int, float)):

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lightning_stosign._lightning_names import is_a, under_both_names
+from lightning_stosign._plain import plain
 from lightning_stosign.callbacks._logging_gate import check_every_n_steps, is_due, record_step
 from lightning_stosign.callbacks._scalars_layout import scalars_layout
 from lightning_stosign.callbacks._zero_history import ZeroHistory, optimizer_label
@@ -68,6 +69,7 @@ class OptimizerDashboard(Callback):
     """
 
     def __init__(self, every_n_steps: int | None = None, draw_every_n_steps: int | None = None) -> None:
+        every_n_steps, draw_every_n_steps = plain((every_n_steps, draw_every_n_steps))
         check_every_n_steps(every_n_steps)
         if draw_every_n_steps is not None:
             if isinstance(draw_every_n_steps, bool) or not isinstance(draw_every_n_steps, int):

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lightning_stosign._lightning_names import is_a, under_both_names
+from lightning_stosign._plain import plain
 from lightning_stosign.callbacks._logging_gate import check_every_n_steps, is_due, record_step
 from lightning_stosign.callbacks._records import log_records
 from lightning_stosign.health.forecast import check_format
@@ -96,6 +97,8 @@ class OptimizerStateMonitor(Callback):
         depth: int | None = None,
         quantiles: Sequence[float] = (0.05, 0.5, 0.95),
     ) -> None:
+        every_n_steps, depth, per_layer, histograms = plain((every_n_steps, depth, per_layer, histograms))
+        quantiles = plain(quantiles)
         check_every_n_steps(every_n_steps)
         for name, value in (("forecast", forecast), ("layers", layers)):
             optional = name == "layers" and value is None

@@ -30,6 +30,7 @@ from lightning_stosign._lightning_private import (
     set_loaded_data,
     set_rng_states,
 )
+from lightning_stosign._plain import plain
 from lightning_stosign.callbacks._trial_run import TrialRun
 from lightning_stosign.optim.alias.alias import ALIAS
 from lightning_stosign.optim.alias.step_size_search import (
@@ -166,6 +167,7 @@ class SignStepSizeFinder(Callback):
         update_lr: bool = True,
         refine: bool = True,
     ) -> None:
+        steps, start, measure_every, update_lr, refine = plain((steps, start, measure_every, update_lr, refine))
         for name, value, least in (("steps", steps, 10), ("measure_every", measure_every, 1)):
             if isinstance(value, bool) or not isinstance(value, int):
                 raise TypeError(f"{name}={value!r} must be an int")

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT, StateDict
 
+from lightning_stosign._plain import make_plain
 from lightning_stosign._user_code import warn_user
 from lightning_stosign.optim.param_groups import FollowingOptimizer
 from lightning_stosign.optim.rehearsal import is_rehearsal, rehearse
@@ -30,11 +31,13 @@ class StrictOptimizer(FollowingOptimizer, ABC):
     """
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
+        make_plain(defaults)
         self._check_group(defaults)
         super().__init__(params, defaults)
 
     def _groups_changed(self, changed: list[dict[str, Any]]) -> None:
         for group in changed:
+            make_plain(group)
             self._check_group(group)
             for param in group["params"]:
                 self._check_param(param, group)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT, StateDict
 
+from lightning_stosign._plain import make_plain
 from lightning_stosign.optim.resuming import reconcile, restore_precision, wanted_precisions
 
 GroupRule = Callable[[dict[str, Any]], list[dict[str, Any]]]
@@ -124,9 +125,12 @@ class FollowingOptimizer(Optimizer):
             restore_precision(self, wanted)
 
     def state_dict(self) -> StateDict:
-        """Return the state, as in torch.optim."""
+        """Return the state, as in torch.optim; numbers that a scheduler has set are Python numbers in it."""
         self._follow_groups()
-        return super().state_dict()
+        saved = super().state_dict()
+        for group in saved["param_groups"]:
+            make_plain(group)
+        return saved
 
 
 def add_by_rule(optimizer: Optimizer, rule: GroupRule) -> None:

@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from lightning_stosign._plain import plain
+
 Capability = tuple[int, int]
 
 
@@ -83,7 +85,7 @@ def parse_recipe(recipe: Any) -> RecipeChoice:
     if isinstance(recipe, str):
         choice = RecipeChoice(recipe, recipe)
     elif isinstance(recipe, Mapping):
-        options = dict(recipe)
+        options = {option: plain(value) for option, value in recipe.items()}
         name = options.pop("name", None)
         if name is None:
             raise ValueError(f"recipe={recipe!r} must have a 'name', one of {list(RECIPES)}")

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
+from lightning_stosign._plain import plain
 from lightning_stosign.precision._backend import Float8Backend
 from lightning_stosign.precision._recipes import RECIPES, RecipeChoice
 from lightning_stosign.precision.block_formats import (
@@ -85,6 +86,7 @@ class EmulationBackend(Float8Backend):
         )
         changes: dict[str, Any] = {}
         for option, disabled in recipe.options_among(known).items():
+            disabled = plain(disabled)
             if not isinstance(disabled, bool):
                 raise TypeError(f"recipe={recipe.given!r}: {option} must be a bool, got {disabled!r}")
             changes[_OPTIONS[option]] = not disabled

@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 
 from lightning_stosign._lightning_names import is_a, under_both_names
 from lightning_stosign._lightning_private import set_module_dtype
+from lightning_stosign._plain import plain
 from lightning_stosign.precision._layers import (
     is_excluded,
     is_plain_linear,
@@ -371,6 +372,7 @@ def _checked_globs(exclude: Sequence[str]) -> tuple[str, ...]:
 
 
 def _checked_bool(name: str, value: bool) -> bool:
+    value = plain(value)
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be a bool, got {value!r} of type {type(value).__name__}")
     return value

@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from lightning_stosign._lightning_names import adopt, under_both_names
+from lightning_stosign._plain import plain
 from lightning_stosign.optim.base import check_choice
 from lightning_stosign.optim.voting import VotingOptimizer
 from lightning_stosign.strategies.exchange import BUCKET_CAP_MB, Aggregation, SignExchange, sign_hook
@@ -137,6 +138,8 @@ class SignDDPStrategy(DDPStrategy):
     ) -> None:
         check_choice("aggregation", aggregation, get_args(Aggregation))
         check_choice("signs_of", signs_of, get_args(SignsOf))
+        stochastic, error_feedback, log_agreement = plain((stochastic, error_feedback, log_agreement))
+        warmup_steps, seed = plain((warmup_steps, seed))
         check_choice("stochastic", stochastic, (True, False))
         check_choice("error_feedback", error_feedback, (True, False))
         check_choice("log_agreement", log_agreement, (True, False))

@@ -9,6 +9,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from lightning_stosign._plain import make_fields_plain
+
 FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
 # The name of the format; before torch 2.8, which has none, what holds it everywhere: bytes.
 FP4_DTYPE: torch.dtype = getattr(torch, "float4_e2m1fn_x2", torch.uint8)
@@ -60,6 +62,7 @@ class StatePrecision:
     min_numel: int = 4096
 
     def __post_init__(self) -> None:
+        make_fields_plain(self)
         if isinstance(self.dtype, str) and self.dtype in _DTYPES:
             object.__setattr__(self, "dtype", _DTYPES[self.dtype])
         if self.dtype not in _DTYPES.values():

@@ -8,6 +8,7 @@ import torch
 from torch.optim import AdamW, Muon
 from torch.optim.optimizer import Optimizer, ParamsT
 
+from lightning_stosign._plain import make_plain
 from lightning_stosign.optim.base import check_beta, check_choice, check_lr, check_number, check_pair, loss_of
 from lightning_stosign.optim.param_groups import FollowingOptimizer
 from lightning_stosign.optim.rehearsal import is_rehearsal, rehearse
@@ -50,6 +51,7 @@ class MuonAdamW(FollowingOptimizer):
 
     def _groups_changed(self, changed: list[dict[str, Any]]) -> None:
         for group in changed:
+            make_plain(group)
             _check_group(group)
             if group["use_muon"]:
                 group.setdefault("momentum", group["betas"][0])

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
+from lightning_stosign._plain import plain
 from lightning_stosign.optim.base import StrictOptimizer, loss_of
 from lightning_stosign.optim.numerics.noise import Stream, noise_key
 
@@ -138,7 +139,7 @@ class ShadowOptimizer(StrictOptimizer):
         if "base" not in self.__dict__:
             self.base = base
         for option, value in self._base_options(base.param_groups[-1]).items():
-            group.setdefault(option, value)
+            group.setdefault(option, plain(value))
         for param, shadow in zip(params, shadows, strict=True):
             self._shadows[param] = shadow
             if shadow in base.state and param not in self.state:
