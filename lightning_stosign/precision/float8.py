@@ -76,8 +76,8 @@ class Float8Precision(TransformerEnginePrecision):
         fuse: Fuse norms in an ``nn.Sequential`` with the linear layers that follow them (Transformer Engine's
             LayerNormLinear and LayerNormMLP). Names, parameters and state dict stay those of the separate layers.
         quantized_weights: Keep the weights of the converted layers in FP8 only (Transformer Engine). This is for an
-            optimizer with master weights of its own: an update is lost where it is below a weight's rounding. A weight
-            that several modules share stays as it is.
+            optimizer with master weights of its own: an update is lost where it is below a weight's rounding. Weights
+            that several modules share, and those of fused or padded layers, stay as they are. Not with ``"delayed"``.
         float8_all_gather: Under FSDP2, gather the weights in FP8: a quarter of float32's bytes (torchao, recipe
             ``"current"``). A weight that several modules share is gathered as it is.
 
