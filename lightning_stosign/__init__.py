@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from lightning_stosign._lazy import LazyPackage, after_import
 
 if TYPE_CHECKING:
+    from lightning_stosign.atomic_checkpoint import AtomicCheckpointIO
     from lightning_stosign.callbacks import (
         OptimizerDashboard,
         OptimizerStateMonitor,
@@ -27,15 +28,20 @@ if TYPE_CHECKING:
         state_bytes,
     )
     from lightning_stosign.precision import Float8Precision
+    from lightning_stosign.state_logger import OptimizerStateLogger
     from lightning_stosign.strategies import SignDDPStrategy
+    from lightning_stosign.trainer_callback import OptimizerStateCallback
 
 __version__ = "0.1.0"
 
 __all__ = [
     "ALIAS",
+    "AtomicCheckpointIO",
     "Float8Precision",
     "OnlineToNonconvex",
     "OptimizerDashboard",
+    "OptimizerStateCallback",
+    "OptimizerStateLogger",
     "OptimizerStateMonitor",
     "SignConverted",
     "SignDDPStrategy",
@@ -54,10 +60,41 @@ __all__ = [
     "state_bytes",
 ]
 
-# The names are looked up when they are used, so that the optimizers and the command line do without Lightning. Once it
-# is imported all of them are, whichever comes first: Trainer(strategy="sign_ddp") and LightningCLI go by what is there.
+# A name is looked up when it is used: the optimizers and the command line need no Lightning. Once Lightning is imported
+# everything is, whichever comes first: Trainer(strategy="sign_ddp") and LightningCLI go by what is there.
 _lazy = LazyPackage(
-    __name__, __all__, ("callbacks", "health", "inspection", "module", "optim", "precision", "strategies")
+    __name__,
+    __all__,
+    {
+        "atomic_checkpoint": ["AtomicCheckpointIO"],
+        "callbacks": [
+            "OptimizerDashboard",
+            "OptimizerStateMonitor",
+            "SignStepSizeFinder",
+            "StateCollapseError",
+            "StateCollapseGuard",
+            "find_step_size",
+        ],
+        "health": [],
+        "inspection": [],
+        "module": ["StoSignConfig", "StoSignMixin"],
+        "optim": [
+            "ALIAS",
+            "OnlineToNonconvex",
+            "SignConverted",
+            "SignSGD",
+            "StatePrecision",
+            "StoSignSGD",
+            "emulate_state_precision",
+            "promote_state",
+            "state_bytes",
+        ],
+        "precision": ["Float8Precision"],
+        "state_logger": ["OptimizerStateLogger"],
+        "strategies": ["SignDDPStrategy"],
+        "trainer_callback": ["OptimizerStateCallback"],
+    },
+    optional=["trainer_callback"],  # needs transformers
 )
 if not TYPE_CHECKING:  # a type checker would take any name for one of ours
     __getattr__, __dir__ = _lazy.get, _lazy.dir

@@ -2,7 +2,7 @@
 
 import importlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -10,39 +10,41 @@ from typing import Any
 
 
 class LazyPackage:
-    """Imports a package's modules, all together, when one of their names is first asked of the package (PEP 562).
-
-    All together, since an import registers things: strategies by name, and classes that LightningCLI finds by theirs.
+    """Imports a package's modules when one of their names is first asked of the package (PEP 562).
 
     Args:
         package: the package's name.
         names: its public names.
-        modules: the modules that have those of them that the package has not.
+        modules: the modules that have those of them that the package has not, and which each of them has.
+        optional: those of the modules that :meth:`load` leaves out: they need what not everybody has installed.
     """
 
-    def __init__(self, package: str, names: Sequence[str], modules: Sequence[str]) -> None:
+    def __init__(
+        self, package: str, names: Sequence[str], modules: Mapping[str, Sequence[str]], optional: Sequence[str] = ()
+    ) -> None:
         self._package = package
         self._names = names
         self._modules = modules
+        self._optional = optional
+        self._home = {name: module for module, of_module in modules.items() for name in of_module}
 
     def get(self, name: str) -> Any:
         """Be the package's ``__getattr__``."""
         if name in self._modules:
             return self._import(name)
-        if name not in self._names:
+        if name not in self._home:
             raise AttributeError(f"module {self._package!r} has no attribute {name!r}")
-        namespace = self._namespace()
-        for module in self.load():
-            namespace.update((known, value) for known, value in vars(module).items() if known in self._names)
-        return namespace[name]
+        value = getattr(self._import(self._home[name]), name)
+        self._namespace()[name] = value
+        return value
 
     def dir(self) -> list[str]:
         """Be the package's ``__dir__``."""
         return sorted({*self._namespace(), *self._names, *self._modules})
 
     def load(self) -> list[ModuleType]:
-        """Import the modules now."""
-        return [self._import(module) for module in self._modules]
+        """Import all modules now but the optional ones."""
+        return [self._import(module) for module in self._modules if module not in self._optional]
 
     def _import(self, module: str) -> ModuleType:
         return importlib.import_module(f"{self._package}.{module}")

@@ -27,6 +27,21 @@ def test_inspect_does_not_import_lightning(tmp_path):
     assert not imported & SLOW_TO_IMPORT
 
 
+def test_optimizers_in_plain_torch_do_not_import_lightning():
+    run_python(
+        "-c",
+        "import sys, torch\n"
+        "from lightning_stosign import ALIAS, SignConverted, SignSGD, StatePrecision, StoSignSGD\n"
+        "from lightning_stosign import OptimizerStateLogger, emulate_state_precision, state_bytes\n"
+        "param = torch.nn.Parameter(torch.ones(8192))\n"
+        "param.grad = torch.ones(8192)\n"
+        "StoSignSGD([param], state_precision='fp8').step()\n"
+        "found = {name for name in sys.modules if name.split('.')[0] in "
+        "('lightning', 'pytorch_lightning', 'lightning_fabric', 'torchmetrics', 'torchao', 'transformers')}\n"
+        "assert not found, sorted(found)[:5]\n",
+    )
+
+
 def test_strategies_and_plugins_are_known_by_name_when_lightning_is_imported_second():
     run_python(
         "-c",
@@ -62,7 +77,7 @@ def packages(tmp_path, monkeypatch):
     (tmp_path / "big" / "part.py").write_text("value = 1\n")
     (tmp_path / "small" / "__init__.py").write_text(
         "from lightning_stosign._lazy import LazyPackage, after_import\n"
-        "_lazy = LazyPackage(__name__, ['One', 'Two'], ('first', 'second'))\n"
+        "_lazy = LazyPackage(__name__, ['One', 'Two'], {'first': ['One'], 'second': ['Two']})\n"
         "__getattr__, __dir__ = _lazy.get, _lazy.dir\n"
         "after_import('big', _lazy.load)\n"
     )

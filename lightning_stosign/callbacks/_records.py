@@ -4,6 +4,8 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
+import torch
+from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from tensorboard.compat.proto.summary_pb2 import HistogramProto, Summary
 
@@ -40,6 +42,16 @@ def log_records(
             _write_event(logger, metrics, counts, step)
         else:
             logger.log_metrics(metrics, step=step)
+
+
+def put_into_callback_metrics(trainer: Trainer, prefix: str, scalars: Mapping[str, float]) -> None:
+    """Make scalars known to other callbacks, such as EarlyStopping and ModelCheckpoint.
+
+    ``LightningModule.log`` would send them to the loggers a second time, and cannot be called in an optimizer's hooks.
+    """
+    trainer.callback_metrics.update(
+        {f"{prefix}/{tag}": torch.tensor(value, dtype=torch.float32, device="cpu") for tag, value in scalars.items()}
+    )
 
 
 def _wandb_histograms(histograms: Mapping[str, Sequence[float]]) -> dict[str, float]:

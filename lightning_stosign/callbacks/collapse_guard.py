@@ -16,7 +16,8 @@ from lightning_stosign._lightning_names import is_a, under_both_names
 from lightning_stosign._plain import plain
 from lightning_stosign.callbacks._collapse_look import DEAD, EXPLODING, Look, Sickness, look_at
 from lightning_stosign.callbacks._collapse_report import table
-from lightning_stosign.callbacks._logging_gate import check_every_n_steps, is_due, record_step
+from lightning_stosign.callbacks._logging_gate import OwnSteps, check_every_n_steps, record_step
+from lightning_stosign.callbacks._saved_state import state_of_only_one
 from lightning_stosign.callbacks.state_monitor import PREFIX
 from lightning_stosign.optim.emulation import emulated_precision
 from lightning_stosign.optim.low_precision import LowPrecisionOptimizer
@@ -71,7 +72,7 @@ class StateCollapseGuard(Callback):
             that is 0.
 
     Attributes:
-        collapsed_at: the optimizer step of the first collapse by condition: ``"exp_avg_sq"`` (a state's zeros),
+        collapsed_at: the optimizer's own step of the first collapse by condition: ``"exp_avg_sq"`` (a state's zeros),
             ``"dead_fraction"``, ``"exploding_fraction"``, with ``per_layer`` followed by ``"/<parameter name>"``; with
             several optimizers after ``"<number>-<class>/"``.
         promotions: for each promotion the ``step``, the ``layer``, and what it went ``from`` and ``to``.
@@ -135,6 +136,7 @@ class StateCollapseGuard(Callback):
         self.every_n_steps = every_n_steps
         self._names: dict[Tensor, str] = {}
         self._handles: list[RemovableHandle] = []
+        self._steps = OwnSteps()
         self._forget()
 
     def _forget(self) -> None:
@@ -156,10 +158,13 @@ class StateCollapseGuard(Callback):
         for number, optimizer in enumerate(trainer.optimizers):
             label = "" if len(trainer.optimizers) == 1 else f"{number}-{type(optimizer).__name__}/"
 
+            self._steps.watch(optimizer)
+
             def look(optimizer: Optimizer, args: Any, kwargs: Any, label: str = label) -> None:
                 every_n_steps = self.every_n_steps or trainer.log_every_n_steps or _EVERY_N_STEPS  # type: ignore[attr-defined]
-                if is_due(trainer, every_n_steps):
-                    self._look(trainer, optimizer, label)
+                if self._steps.is_due(trainer, optimizer, every_n_steps):
+                    self._look(trainer, optimizer, label, self._steps.number(trainer, optimizer))
+                self._steps.advance(optimizer)
 
             self._handles.append(optimizer.register_step_post_hook(look))
             own = isinstance(optimizer, LowPrecisionOptimizer)
@@ -169,12 +174,11 @@ class StateCollapseGuard(Callback):
                     "are stored in a way of its own; emulate_state_precision(...) makes them ones that can be promoted"
                 )
 
-    def _look(self, trainer: "pl.Trainer", optimizer: Optimizer, label: str) -> None:
+    def _look(self, trainer: "pl.Trainer", optimizer: Optimizer, label: str, step: int) -> None:
         if not optimizer.state and any(group.get("on_nonfinite") == "skip" for group in optimizer.param_groups):
             return  # every step so far was skipped
         look = look_at(optimizer, self._names, self.states)
         self._check_states(trainer, label, look)
-        step = trainer.global_step + 1  # counts this step only after its hooks
         limits = {DEAD: self.max_dead_fraction, EXPLODING: self.max_exploding_fraction}
         sick = {label + sickness.key: sickness for sickness in look.sicknesses(limits, self.max_zero_fraction)}
         for key in [key for key in self._sick if key.startswith(label) and key not in sick]:
@@ -192,7 +196,7 @@ class StateCollapseGuard(Callback):
         if collapsed:
             for key in collapsed:
                 self.collapsed_at.setdefault(key, step)
-            self._act(trainer, optimizer, label, look, collapsed, sick)
+            self._act(trainer, optimizer, label, step, look, collapsed, sick)
 
     def _check_states(self, trainer: "pl.Trainer", label: str, look: Look) -> None:
         """Raise if all optimizers have been looked at, and a name in ``states`` was a state of none."""
@@ -210,6 +214,7 @@ class StateCollapseGuard(Callback):
         trainer: "pl.Trainer",
         optimizer: Optimizer,
         label: str,
+        step: int,
         look: Look,
         collapsed: dict[str, Sickness],
         sick: dict[str, Sickness],
@@ -220,6 +225,7 @@ class StateCollapseGuard(Callback):
             trainer: the trainer.
             optimizer: the optimizer.
             label: what its keys begin with.
+            step: the number of the optimizer's step.
             look: what has been seen of its states.
             collapsed: the conditions to act upon, by key.
             sick: those and all others that are beyond their limit.
@@ -238,16 +244,16 @@ class StateCollapseGuard(Callback):
         if len(collapsed) > _MOST_FINDINGS:
             found += f"; and {len(collapsed) - _MOST_FINDINGS} more"
         self.report = (
-            f"The state of {label.rstrip('/') or name} has collapsed at step {trainer.global_step + 1} (patience "
+            f"The state of {label.rstrip('/') or name} has collapsed at step {step} (patience "
             f"{self.patience}): {found}.\n\n{table(optimizer, look, since)}"
         )
         if self.action == "promote":
             healable = {layer: keys for layer, keys in layers.items() if all(chosen[key].finite for key in keys)}
-            self.report += f"\n\n{self._promote(trainer, optimizer, look, collapsed, healable)}"
+            self.report += f"\n\n{self._promote(optimizer, step, look, collapsed, healable)}"
         else:
             self._done.update(collapsed)
         if self.action == "stop":
-            self.report += "\n\nTraining stops."
+            self.report += f"\n\n{_announced(trainer)}"
             trainer.should_stop = True
         self._log(trainer, label)
         if self.action == "raise":
@@ -256,8 +262,8 @@ class StateCollapseGuard(Callback):
 
     def _promote(
         self,
-        trainer: "pl.Trainer",
         optimizer: Optimizer,
+        step: int,
         look: Look,
         collapsed: dict[str, Sickness],
         layers: dict[str, list[str]],
@@ -268,7 +274,6 @@ class StateCollapseGuard(Callback):
             old = state_precision_of(optimizer, look.params[layer])
             if old is not None and next_wider(old) is not None:
                 moves[layer] = str(old), str(promote_state(optimizer, look.params[layer]))
-        step = trainer.global_step + 1
         self.promotions += [
             {"step": step, "layer": layer, "from": old, "to": new} for layer, (old, new) in moves.items()
         ]
@@ -291,6 +296,27 @@ class StateCollapseGuard(Callback):
                 logger.experiment.add_text(f"{prefix}collapse", self.report, step)
             if self.action == "promote":
                 logger.log_metrics({f"{prefix}promotions": len(self.promotions)}, step=step)
+
+    @property
+    def state_key(self) -> str:
+        """The name of this guard's state in checkpoints: guards with different options may stand side by side."""
+        limits = self.max_zero_fraction, self.max_dead_fraction, self.max_exploding_fraction
+        return self._generate_state_key(
+            action=self.action,
+            states=self.states,
+            limits=limits,
+            patience=self.patience,
+            per_layer=self.per_layer,
+            every_n_steps=self.every_n_steps,
+        )
+
+    def on_load_checkpoint(
+        self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", checkpoint: dict[str, Any]
+    ) -> None:
+        """Take over the state of the one guard in a checkpoint whose options were other ones."""
+        saved = state_of_only_one(self, checkpoint)
+        if saved is not None:
+            self.load_state_dict(saved)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run has to know: plain values."""
@@ -318,8 +344,21 @@ class StateCollapseGuard(Callback):
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self._steps.clear()
         self._names.clear()
 
     def on_exception(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", exception: BaseException) -> None:
         """Let go of the optimizers: Lightning calls no teardown after an exception."""
         self.teardown(trainer, pl_module, "fit")
+
+
+def _announced(trainer: "pl.Trainer") -> str:
+    """Say when training stops: Lightning goes on until ``min_steps`` and ``min_epochs`` are reached."""
+    waits = []
+    if trainer.min_steps and trainer.global_step + 1 < trainer.min_steps:
+        waits.append(f"min_steps={trainer.min_steps}")
+    if trainer.min_epochs and trainer.current_epoch < trainer.min_epochs:
+        waits.append(f"min_epochs={trainer.min_epochs}")
+    if not waits:
+        return "Training stops."
+    return f"Training will stop once Trainer({', '.join(waits)}) allows it."

@@ -15,7 +15,8 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_stosign._lightning_names import is_a, under_both_names
 from lightning_stosign._plain import plain
-from lightning_stosign.callbacks._logging_gate import check_every_n_steps, is_due, record_step
+from lightning_stosign.callbacks._logging_gate import OwnSteps, check_every_n_steps, record_step
+from lightning_stosign.callbacks._saved_state import state_of_only_one
 from lightning_stosign.callbacks._scalars_layout import scalars_layout
 from lightning_stosign.callbacks._zero_history import ZeroHistory, optimizer_label
 from lightning_stosign.callbacks.state_monitor import PREFIX
@@ -84,6 +85,7 @@ class OptimizerDashboard(Callback):
         self._histories: dict[str, ZeroHistory] = {}
         self._names: dict[Tensor, str] = {}
         self._handles: list[RemovableHandle] = []
+        self._steps = OwnSteps()
 
     def setup(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
         """Check that there is a logger that takes images, and a strategy whose states can be read; start anew."""
@@ -112,12 +114,15 @@ class OptimizerDashboard(Callback):
         if not (trainer.is_global_zero or self._is_sharded()):
             return  # replicas have the same states
         for optimizer in trainer.optimizers:
+            self._steps.watch(optimizer)
 
             def look(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-                if is_due(trainer, self.every_n_steps):
+                if self._steps.is_due(trainer, optimizer, self.every_n_steps):
                     self._record(trainer, optimizer, record_step(trainer))
-                if self.draw_every_n_steps is not None and is_due(trainer, self.draw_every_n_steps):
+                drawing = self.draw_every_n_steps
+                if drawing is not None and self._steps.is_due(trainer, optimizer, drawing):
                     self._draw(trainer, optimizer, record_step(trainer))
+                self._steps.advance(optimizer)
 
             self._handles.append(optimizer.register_step_post_hook(look))
 
@@ -203,6 +208,19 @@ class OptimizerDashboard(Callback):
     def _is_sharded(self) -> bool:
         return any(isinstance(param, DTensor) for param in self._names)
 
+    @property
+    def state_key(self) -> str:
+        """The name of this dashboard's state in checkpoints: several may stand side by side."""
+        return self._generate_state_key(every_n_steps=self.every_n_steps, draw_every_n_steps=self.draw_every_n_steps)
+
+    def on_load_checkpoint(
+        self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", checkpoint: dict[str, Any]
+    ) -> None:
+        """Take over the state of the one dashboard in a checkpoint whose options were other ones."""
+        saved = state_of_only_one(self, checkpoint)
+        if saved is not None:
+            self.load_state_dict(saved)
+
     def state_dict(self) -> dict[str, Any]:
         """Return the record, which a resumed run goes on with."""
         return {label: history.state_dict() for label, history in self._histories.items()}
@@ -216,6 +234,7 @@ class OptimizerDashboard(Callback):
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self._steps.clear()
         self._names.clear()
 
 

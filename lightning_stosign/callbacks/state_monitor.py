@@ -14,8 +14,8 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_stosign._lightning_names import is_a, under_both_names
 from lightning_stosign._plain import plain
-from lightning_stosign.callbacks._logging_gate import check_every_n_steps, is_due, record_step
-from lightning_stosign.callbacks._records import log_records
+from lightning_stosign.callbacks._logging_gate import OwnSteps, check_every_n_steps, record_step
+from lightning_stosign.callbacks._records import log_records, put_into_callback_metrics
 from lightning_stosign.health.forecast import check_format
 from lightning_stosign.health.readers import read_moments
 from lightning_stosign.health.snapshot import Snapshot, parameters_of
@@ -26,7 +26,7 @@ PREFIX = "optimizer_state"
 class _Begun(NamedTuple):
     """What on_before_optimizer_step saw of a step that is to be recorded, and the parameters as they were."""
 
-    global_step: int
+    number: int
     snapshot: Snapshot
     before: dict[Tensor, Tensor]
 
@@ -62,8 +62,11 @@ class OptimizerStateMonitor(Callback):
     and one transfer to the host; a step that is not recorded costs nothing. ``update_rms`` of bfloat16 and float16
     parameters includes their rounding; it is 0 for a step that the optimizer skipped.
 
+    Every scalar is in ``trainer.callback_metrics`` too, on all ranks: ``EarlyStopping`` and ``ModelCheckpoint`` can
+    watch it from the first record on.
+
     Args:
-        every_n_steps: record every n-th optimizer step. None: as ``Trainer(log_every_n_steps)``.
+        every_n_steps: record every n-th step of each optimizer. None: as ``Trainer(log_every_n_steps)``.
         per_layer: also record each parameter.
         histograms: also record histograms.
         forecast: formats for ``underflow_fraction`` and ``stalled_fraction``, by :class:`StatePrecision` name, e.g.
@@ -118,6 +121,8 @@ class OptimizerStateMonitor(Callback):
         self._names: dict[Tensor, str] = {}
         self._handles: list[RemovableHandle] = []
         self._begun: dict[Optimizer, _Begun] = {}
+        self._kept: dict[Optimizer, dict[Tensor, Tensor]] = {}
+        self._steps = OwnSteps()
 
     def setup(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
         """Check that there is a logger to write to, and a strategy whose states can be read."""
@@ -143,39 +148,66 @@ class OptimizerStateMonitor(Callback):
         }
         if not self._names:
             raise ValueError(f"layers={list(self.layers or [])} matches no parameter of {type(pl_module).__name__}")
-        if not (trainer.is_global_zero or any(isinstance(param, DTensor) for param in self._names)):
-            return  # replicas have the same states
-
+        is_sharded = any(isinstance(param, DTensor) for param in self._names)
+        self._reads = trainer.is_global_zero or is_sharded  # replicas have the same states
+        self._tells = trainer.world_size > 1 and not is_sharded
         for optimizer in trainer.optimizers:
+            self._steps.watch(optimizer)
+
+            def begin(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+                self._keep_parameters(trainer, optimizer)
 
             def finish(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
                 self._finish(trainer, optimizer)
 
+            self._handles.append(optimizer.register_step_pre_hook(begin))
             self._handles.append(optimizer.register_step_post_hook(finish))
+
+    def _keep_parameters(self, trainer: "pl.Trainer", optimizer: Optimizer) -> None:
+        """Copy the parameters before a step that is due, and before its closure, which may move them (ALIAS)."""
+        if self._reads and optimizer not in self._begun and self._steps.is_due(trainer, optimizer, self.every_n_steps):
+            self._kept[optimizer] = {param: param.detach().clone() for _, param, _ in self._watched(optimizer)}
 
     def on_before_optimizer_step(
         self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", optimizer: Optimizer
     ) -> None:
         """Of a step that is to be recorded, look at the gradients and keep the parameters as they are before it."""
+        if not self._handles or not self._reads:
+            return
+        number = self._steps.number(trainer, optimizer)
         if optimizer in self._begun:
-            if self._begun[optimizer].global_step == trainer.global_step:
-                return  # LBFGS evaluates its closure several times a step: the first one sees the parameters before it
+            if self._begun[optimizer].number == number:
+                return  # a closure may be evaluated several times a step: the first time sees the parameters before it
             del self._begun[optimizer]  # of a step that AMP skipped
-        if not self._handles or not is_due(trainer, self.every_n_steps):
+        if not self._steps.is_due(trainer, optimizer, self.every_n_steps):
             return
         snapshot = Snapshot(self.forecast, self.histograms, self.quantiles)
         scale = _remaining_loss_scale(trainer, optimizer)
+        kept = self._kept.pop(optimizer, {})  # nothing where a GradScaler calls this before the step
         before = {}
         for name, param, _ in self._watched(optimizer):
             if param.grad is not None and param.numel() > 0:
                 snapshot.add_gradient(name, param.grad, scale)
-                before[param] = param.detach().clone()
-        self._begun[optimizer] = _Begun(trainer.global_step, snapshot, before)
+                before[param] = kept[param] if param in kept else param.detach().clone()
+        self._begun[optimizer] = _Begun(number, snapshot, before)
 
     def _finish(self, trainer: "pl.Trainer", optimizer: Optimizer) -> None:
         """After the update, add the states and the step taken, and log. Not called for a step that AMP skips."""
-        if optimizer not in self._begun:
-            return
+        is_due = self._steps.is_due(trainer, optimizer, self.every_n_steps)
+        self._steps.advance(optimizer)
+        scalars: dict[str, float] = {}
+        if optimizer in self._begun:
+            scalars, histograms = self._records(optimizer)
+            if trainer.is_global_zero:
+                prefix, step = self._prefix(trainer, optimizer), record_step(trainer)
+                log_records(trainer.loggers, prefix, scalars, histograms, step)
+        if is_due and self._tells:
+            scalars = trainer.strategy.broadcast(scalars)
+        if scalars:
+            put_into_callback_metrics(trainer, self._prefix(trainer, optimizer), scalars)
+
+    def _records(self, optimizer: Optimizer) -> tuple[dict[str, float], dict[str, list[float]]]:
+        """Return scalars and histograms of a step that was begun."""
         _, snapshot, before = self._begun.pop(optimizer)
         for name, param, group in self._watched(optimizer):
             moments = read_moments(optimizer, param, group)
@@ -184,9 +216,7 @@ class OptimizerStateMonitor(Callback):
                 snapshot.add_update(
                     name, before.pop(param), param.detach(), group["lr"], moments.decoupled_weight_decay
                 )
-        scalars, histograms = snapshot.records(self.per_layer, self.depth)
-        if trainer.is_global_zero:
-            log_records(trainer.loggers, self._prefix(trainer, optimizer), scalars, histograms, record_step(trainer))
+        return snapshot.records(self.per_layer, self.depth)
 
     def _watched(self, optimizer: Optimizer) -> Iterable[tuple[str, Tensor, Mapping[str, Any]]]:
         for param, group in parameters_of(optimizer):
@@ -205,6 +235,8 @@ class OptimizerStateMonitor(Callback):
             handle.remove()
         self._handles.clear()
         self._begun.clear()
+        self._kept.clear()
+        self._steps.clear()
         self._names.clear()
 
     def on_exception(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", exception: BaseException) -> None:

@@ -4,7 +4,7 @@ import logging
 import math
 import os
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import replace
@@ -365,7 +365,13 @@ def _use_lr(trainer: "pl.Trainer", pl_module: "pl.LightningModule", lr: float) -
             config.scheduler.base_lrs = [group.get("initial_lr", group["lr"]) for group in optimizer.param_groups]
     stosign: Any = getattr(pl_module, "stosign", None)  # a StoSignMixin's config
     if hasattr(stosign, "lr"):
-        lightning_setattr(pl_module, "stosign", replace(stosign, lr=lr))
+        pl_module.stosign = replace(stosign, lr=lr)
+        hparams = pl_module.hparams if isinstance(pl_module.hparams, MutableMapping) else {}
+        saved = hparams.get("stosign")
+        if isinstance(saved, Mapping):  # LightningCLI's: what it instantiates a config from
+            hparams["stosign"] = {**saved, "lr": lr}
+        elif saved is not None:
+            hparams["stosign"] = pl_module.stosign
     for name in ("lr", "learning_rate"):
         if lightning_hasattr(pl_module, name):
             lightning_setattr(pl_module, name, lr)

@@ -63,6 +63,23 @@ __all__ = [
 ]
 
 # torchmetrics, which takes longer to import than torch, is for the metrics alone.
-_lazy = LazyPackage(__name__, __all__, ("metrics", "stationarity"))
+_lazy = LazyPackage(
+    __name__,
+    __all__,
+    {
+        "metrics": [
+            "AbsMax",
+            "DeadFraction",
+            "ExplodingFraction",
+            "LogMagnitudeHistogram",
+            "LogMagnitudeQuantile",
+            "RootMeanSquare",
+            "StalledFraction",
+            "UnderflowFraction",
+            "ZeroFraction",
+        ],
+        "stationarity": ["GeneralizedStationarity", "L1Stationarity", "generalized_stationarity"],
+    },
+)
 if not TYPE_CHECKING:  # a type checker would take any name for one of ours
     __getattr__, __dir__ = _lazy.get, _lazy.dir

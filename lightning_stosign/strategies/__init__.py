@@ -15,6 +15,9 @@ def _register(registry: Any) -> None:
     registry.register("sign_ddp", SignDDPStrategy, _ABOUT)
     registry.register("sign_ddp_majority", SignDDPStrategy, _ABOUT, aggregation="majority")
     registry.register("sign_ddp_mean", SignDDPStrategy, _ABOUT, aggregation="mean")
+    # Without an argument, LightningCLI takes --trainer.strategy=lightning_stosign.SignDDPStrategy for a name.
+    for name in ("SignDDPStrategy", "lightning_stosign.SignDDPStrategy"):
+        registry.register(name.lower(), SignDDPStrategy, _ABOUT)
 
 
 _register(StrategyRegistry)

@@ -162,13 +162,15 @@ class SignDDPStrategy(DDPStrategy):
             raise TypeError(f"uncompressed must be a list of globs, got {uncompressed!r}: write [{uncompressed!r}]")
         if not all(isinstance(glob, str) for glob in uncompressed):
             raise TypeError(f"uncompressed must be a list of globs, got {uncompressed!r}")
+        # LightningCLI fills in all options of DDPStrategy and DDP, None among them.
+        ddp_kwargs = {name: value for name, value in ddp_kwargs.items() if value is not None}
         if hook := {"ddp_comm_hook", "ddp_comm_wrapper", "ddp_comm_state"} & ddp_kwargs.keys():
             raise ValueError(
                 f"{', '.join(sorted(hook))}: SignDDPStrategy is a communication hook itself; use DDPStrategy"
             )
         if signs_of == "gradients":
             ddp_kwargs.setdefault("bucket_cap_mb", BUCKET_CAP_MB)
-        elif idle := [option for option in _REDUCER_OPTIONS if option in ddp_kwargs]:
+        elif idle := [option for option in _REDUCER_OPTIONS if ddp_kwargs.get(option)]:
             rank_zero_warn(
                 f"SignDDPStrategy: {', '.join(f'{option}={ddp_kwargs.pop(option)}' for option in idle)} has no effect "
                 "with signs_of='updates', where DDP's reducer has nothing to do."

@@ -204,7 +204,7 @@ def test_its_state_is_in_the_checkpoint_as_plain_values(tmp_path):
     guard = StateCollapseGuard(patience=2)
     trainer, _ = run([HEALTHY, {"y": 1.0}, {"y": 1.0}, {"y": 1.0}], guard)
     trainer.save_checkpoint(tmp_path / "4.ckpt")
-    saved = torch.load(tmp_path / "4.ckpt", weights_only=True)["callbacks"]["StateCollapseGuard"]
+    saved = torch.load(tmp_path / "4.ckpt", weights_only=True)["callbacks"][guard.state_key]
     assert saved == {
         "action": "warn",
         "collapsed_at": {"exp_avg_sq": 3},
