@@ -87,6 +87,7 @@ _lazy = LazyPackage(
             "StoSignSGD",
             "emulate_state_precision",
             "promote_state",
+            "resume_with",
             "state_bytes",
         ],
         "precision": ["Float8Precision"],

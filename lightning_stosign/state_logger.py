@@ -6,6 +6,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_stosign._plain import plain
 from lightning_stosign.health.forecast import check_format
 from lightning_stosign.health.readers import read_moments
 from lightning_stosign.health.snapshot import Snapshot, parameters_of
@@ -62,6 +63,7 @@ class OptimizerStateLogger:
         forecast: Sequence[str] = ("fp8", "fp8-raw"),
         prefix: str = "optimizer_state",
     ) -> None:
+        every_n_steps = plain(every_n_steps)
         if isinstance(every_n_steps, bool) or not isinstance(every_n_steps, int) or every_n_steps < 1:
             raise ValueError(f"every_n_steps={every_n_steps!r} must be an int of at least 1")
         for format_name in forecast:
