@@ -94,6 +94,10 @@ class Float8Backend(ABC):
         """
         return nullcontext()
 
+    def keeps_tensors(self, root: nn.Module) -> bool:
+        """Whether the layers keep tensors of one call for the next, which inference mode must not make then."""
+        return False
+
     def backward_context(self, root: nn.Module | None) -> AbstractContextManager[Any]:
         """The context of backward, where activation checkpointing computes layers again.
 

@@ -258,7 +258,12 @@ class Float8Precision(TransformerEnginePrecision):
 
     def convert_input(self, data: Any) -> Any:
         """Cast the floating-point tensors of a batch to ``weights_dtype``."""
-        return apply_to_collection(data, Tensor, partial(_cast_floating, dtype=self.weights_dtype))
+        data = apply_to_collection(data, Tensor, partial(_cast_floating, dtype=self.weights_dtype))
+        if torch.is_inference_mode_enabled() and self._module is not None and self._backend.keeps_tensors(self._module):
+            # The step will not run in inference mode, and could not write into tensors that it made.
+            with torch.inference_mode(False):
+                data = apply_to_collection(data, Tensor, torch.clone)
+        return data
 
     def convert_output(self, data: Any) -> Any:
         """Cast the floating-point tensors of an output to torch's default type."""

@@ -165,14 +165,16 @@ class TransformerEngineBackend(Float8Backend):
                 if self._has_histories:
                     self._scales_before_forward = scales_of(self._layers_of(root).values())
             elif root is not None:
-                layers = list(self._layers_of(root).values())
-                keeps_tensors = self._has_histories or any(map(self._is_quantized, layers))
-                if keeps_tensors and torch.is_inference_mode_enabled():
+                if torch.is_inference_mode_enabled() and self.keeps_tensors(root):
                     stack.enter_context(no_inference_tensors())
                 if self._has_histories:
-                    stack.enter_context(unchanged_histories(layers))
+                    stack.enter_context(unchanged_histories(self._layers_of(root).values()))
             stack.enter_context(self._autocast())
             yield
+
+    def keeps_tensors(self, root: nn.Module) -> bool:
+        """See :meth:`Float8Backend.keeps_tensors`."""
+        return self._has_histories or any(map(self._is_quantized, self._layers_of(root).values()))
 
     @contextmanager
     def backward_context(self, root: nn.Module | None) -> Iterator[None]:

@@ -75,7 +75,7 @@ class Linear(te.Linear):
         super()._apply(fn, recurse)
         weight = self._parameters.get("weight")
         if isinstance(weight, te.QuantizedTensor) and before is not None:
-            weight.requires_grad_(before.requires_grad)  # TE's tensors forget it before 2.17
+            weight.requires_grad_(before.requires_grad)  # TE's tensors forget it before 2.16
         elif self._became_plain():  # a parameter without values, from the meta device
             self._quantize(torch.zeros_like(self.weight))
         return self

@@ -70,7 +70,7 @@ def test_a_run_resumes_bit_for_bit_with_its_scaling_histories(
 
 
 def test_te_s_refusal_to_unpickle_reaches_the_user(te: Any, since: Any, tmp_path: Any) -> None:
-    since("2.17", "TE refuses pickles")
+    since("2.20", "TE refuses pickles")
     first = trainer(te_plugin(recipe="delayed"), steps=2)
     first.fit(net(), batches())
     first.save_checkpoint(tmp_path / "two.ckpt")

@@ -119,6 +119,16 @@ def test_validation_leaves_no_trace_in_training() -> None:
     assert same(histories(watched), histories(alone))
 
 
+class WritesIntoItsBatch(Evaluated):
+    def validation_step(self, batch: Any, index: int) -> None:
+        self(batch[0].clamp_(-1, 1))
+
+
+@pytest.mark.usefixtures("te")
+def test_a_validation_step_may_write_into_its_batch() -> None:
+    trainer(te_plugin(recipe="delayed")).validate(net(model=WritesIntoItsBatch), batches(1), verbose=False)
+
+
 @pytest.mark.usefixtures("te")
 def test_an_evaluation_that_fails_leaves_no_trace_either() -> None:
     model, float8 = net(), te_plugin(recipe="delayed")

@@ -168,7 +168,7 @@ def test_a_run_resumes_bit_for_bit_also_after_a_validation(
 ) -> None:
     on_gpu(CAPABILITY[recipe])
     if recipe == "nvfp4":
-        since("2.17", "a tensor that is moved keeps its bits")
+        since("2.16", "a tensor that is moved keeps its bits")
         options: Any = {"name": "nvfp4", "disable_rht": True, "disable_stochastic_rounding": True}
     else:
         options = recipe

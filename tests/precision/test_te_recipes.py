@@ -238,7 +238,7 @@ def test_a_recipe_object_of_te_is_refused_by_torchao(recipes: Any) -> None:
 def test_a_custom_recipe_converts_what_its_formats_take(
     te: Any, on_gpu: Any, since: Any, recipes: Any, factory: str, capability: tuple, multiple: int
 ) -> None:
-    since("2.17", "factories by role")
+    since("2.20", "factories by role")
     on_gpu(capability)
     factories = importlib.import_module("transformer_engine.pytorch.custom_recipes.quantizer_factories")
     recipe = recipes.CustomRecipe(qfactory=getattr(factories, factory))
@@ -256,7 +256,7 @@ def test_a_custom_recipe_converts_what_its_formats_take(
 
 
 def test_a_custom_recipe_with_one_format_per_direction_takes_what_both_take(te: Any, since: Any, recipes: Any) -> None:
-    since("2.17", "one format per direction")
+    since("2.20", "one format per direction")
     from transformer_engine.pytorch.constants import DType
 
     e4m3 = DType.kFloat8E4M3

@@ -18,7 +18,7 @@ def fields(tensor: Any) -> dict[str, torch.Tensor]:
 def test_one_scale_per_tensor_has_the_bits_of_te_s_reference(
     te: Any, since: Any, kind: str, dtype: torch.dtype
 ) -> None:
-    since("2.17", "the reference")
+    since("2.20", "the reference")
     from transformer_engine.pytorch.constants import DType
     from transformer_engine.pytorch.custom_recipes.reference_current_scaling import CurrentScalingQuantizerRef
 

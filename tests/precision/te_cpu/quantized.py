@@ -103,7 +103,7 @@ def _te_class(name: str) -> Any:
 
 
 def _known_dtype(dtype: Any) -> Any:
-    """The type as TE's Python writes it: an enum of its own since 2.15."""
+    """The type as TE's Python writes it: an enum of its own since 2.17."""
     enum = getattr(importlib.import_module("transformer_engine.pytorch.constants"), "DType", None)
     return DType(int(dtype)) if enum is None else enum(int(dtype))
 
