@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from lightning_stosign.optim.emulation import emulated_precision, is_moment
 from lightning_stosign.optim.low_precision import LowPrecisionOptimizer
 from lightning_stosign.optim.states.conversion import store_anew
-from lightning_stosign.optim.states.state_precision import FLOAT32, OVERRIDE, StatePrecision, precision_of
+from lightning_stosign.optim.states.state_precision import FLOAT32, OVERRIDE, StatePrecision, override_of, precision_of
 from lightning_stosign.optim.states.storage import SCALE_SUFFIX, is_packed
 
 
@@ -75,6 +75,7 @@ def promote_state(optimizer: Optimizer, param: Tensor) -> StatePrecision:
     Values stay as they are, but that fp8-block rounds those of fp4-block, whose block scales have digits too.
     What has been rounded to zero stays zero until the next steps fill it. The new precision becomes part of the
     parameter's state, where it goes before the param group's: a state_dict keeps it, and a loaded one brings it back.
+    torch.distributed.checkpoint fills in what an optimizer has: promote the same parameters before it loads into one.
     Every rank has to call this of a sharded parameter; its states skip fp8-block, whose blocks the shards would cut.
 
     Args:
@@ -113,7 +114,7 @@ def promote_state(optimizer: Optimizer, param: Tensor) -> StatePrecision:
         for name in [n for n, v in state.items() if is_moment(n, v, param) or is_packed(state, n)]:
             if not name.endswith(SCALE_SUFFIX):
                 store_anew(state, name, param, old, new)
-    state[OVERRIDE] = str(new).encode()
+    state[OVERRIDE] = override_of(new)
     return new
 
 

@@ -158,8 +158,17 @@ class StatePrecision:
 
 FLOAT32 = StatePrecision(torch.float32)
 
-# In a parameter's state, its own precision: the name as bytes, which torch's load_state_dict keeps (not so a str).
 OVERRIDE = "state_precision"
+"""The entry of a parameter's state that holds its own precision, as :func:`override_of` gives it."""
+
+
+def override_of(precision: StatePrecision) -> int:
+    """Return a precision's name as one number, of its characters' bytes.
+
+    Text would not survive torch's ``load_state_dict``; neither text nor bytes are taken by
+    ``flatten_optimizer_state_dict`` of torch.distributed.checkpoint, and a tensor would look like a state.
+    """
+    return int.from_bytes(str(precision).encode(), "big")
 
 
 def precision_of(state: Mapping[str, Any], group: Mapping[str, Any]) -> StatePrecision | None:
@@ -173,7 +182,9 @@ def precision_of(state: Mapping[str, Any], group: Mapping[str, Any]) -> StatePre
         The precision; None where neither says, so states are stored as the step computes them.
     """
     override = state.get(OVERRIDE)
-    spec = group.get("state_precision") if override is None else override.decode()
+    if isinstance(override, int):
+        override = override.to_bytes((override.bit_length() + 7) // 8, "big")
+    spec = group.get("state_precision") if override is None else override.decode()  # bytes in older checkpoints
     return None if spec is None else StatePrecision.parse(spec)
 
 
