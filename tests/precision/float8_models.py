@@ -6,6 +6,7 @@ from unittest import mock
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 from torchao.float8.float8_linear import Float8Linear
 
@@ -50,6 +51,38 @@ class Wide(Net):
         super().__init__()
         self.first, self.middle = nn.Linear(32, 128), nn.Linear(128, 128)
         self.norm, self.last, self.head = nn.LayerNorm(128), nn.Linear(128, 16), nn.Linear(16, 3)
+
+
+class Blocks(LightningModule):
+    """Three blocks between two layers that are not checkpointed."""
+
+    mode: str = "plain"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.into = nn.Linear(32, 128)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.LayerNorm(128), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 128)) for _ in range(3)
+        )
+        self.out = nn.Linear(128, 128)
+        self.losses: list[float] = []
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        hidden = self.into(inputs)
+        for block in self.blocks:
+            if self.mode == "plain":
+                hidden = hidden + block(hidden)
+            else:
+                hidden = hidden + checkpoint(block, hidden, use_reentrant=self.mode == "reentrant")
+        return self.out(hidden)
+
+    def training_step(self, batch: Any, index: int) -> torch.Tensor:
+        loss = (self(batch[0]) - batch[0].repeat(1, 4)).float().square().mean()
+        self.losses.append(loss.item())
+        return loss
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.05)
 
 
 def net(seed: int = 0, model: type[LightningModule] = Net) -> Any:

@@ -5,44 +5,9 @@ from typing import Any
 import pytest
 import te_cpu
 import torch
-from float8_models import batches, net, te_plugin, trainer
-from lightning.pytorch import LightningModule
-from torch import nn
-from torch.utils.checkpoint import checkpoint
+from float8_models import Blocks, batches, net, te_plugin, trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:Float8Precision leaves these layers")
-
-
-class Blocks(LightningModule):
-    """Three blocks between two layers that are not checkpointed."""
-
-    mode: str = "plain"
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.into = nn.Linear(32, 128)
-        self.blocks = nn.ModuleList(
-            nn.Sequential(nn.LayerNorm(128), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 128)) for _ in range(3)
-        )
-        self.out = nn.Linear(128, 128)
-        self.losses: list[float] = []
-
-    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        hidden = self.into(inputs)
-        for block in self.blocks:
-            if self.mode == "plain":
-                hidden = hidden + block(hidden)
-            else:
-                hidden = hidden + checkpoint(block, hidden, use_reentrant=self.mode == "reentrant")
-        return self.out(hidden)
-
-    def training_step(self, batch: Any, index: int) -> torch.Tensor:
-        loss = (self(batch[0]) - batch[0].repeat(1, 4)).float().square().mean()
-        self.losses.append(loss.item())
-        return loss
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=0.05)
 
 
 @pytest.mark.parametrize("mode", ["reentrant", "non-reentrant"])
