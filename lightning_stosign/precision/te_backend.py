@@ -242,7 +242,7 @@ class TransformerEngineBackend(Float8Backend):
         for name, layer in self._layers_of(root).items():
             if self._has_histories and remembers(layer) and (history := layer.get_extra_state()).numel() > 0:
                 state[name] = history
-            state |= {f"{name}.{piece}": tensor.clone() for piece, tensor in self._layers.stored_pieces(layer).items()}
+            state |= {f"{name}.{piece}": tensor for piece, tensor in self._layers.stored_pieces(layer).items()}
         return state
 
     def load_state_dict(self, root: nn.Module, state: dict[str, Tensor]) -> None:
@@ -251,18 +251,18 @@ class TransformerEngineBackend(Float8Backend):
         Raises:
             RuntimeError: TE refuses to unpickle the histories; the message names the environment variable to set.
         """
-        pieces: dict[str, Tensor] = {}
+        known: set[str] = set()
         histories: dict[str, Any] = {}
         for name, layer in self._layers_of(root).items():
-            pieces |= {f"{name}.{piece}": tensor for piece, tensor in self._layers.stored_pieces(layer).items()}
+            pieces = self._layers.stored_pieces(layer)
+            known |= {f"{name}.{piece}" for piece in pieces}
+            saved = {piece: state[f"{name}.{piece}"] for piece in pieces if f"{name}.{piece}" in state}
+            self._layers.restore_pieces(layer, saved)
             if remembers(layer):
                 histories[name] = layer
-        with torch.no_grad():
-            for name in state.keys() & pieces.keys():
-                pieces[name].copy_(state[name])
         if not self._has_histories:
             return
-        homeless = sorted(state.keys() - pieces.keys() - histories.keys())
+        homeless = sorted(state.keys() - known - histories.keys())
         if homeless:
             rank_zero_warn(f"The checkpoint holds FP8 scaling histories of layers that are not in FP8 now: {homeless}.")
         for name in state.keys() & histories.keys():

@@ -1,7 +1,7 @@
 """Transformer Engine's layers (TE) with torch's manners: any number of tokens, initial values, state-dict keys."""
 
 import math
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
 from functools import partial
 from typing import Any, cast
 
@@ -152,6 +152,15 @@ def stored_pieces(layer: nn.Module) -> dict[str, Tensor]:
         return {}
     pieces = layer.weight.get_metadata().items()
     return {f"weight.{name}": piece for name, piece in pieces if isinstance(piece, Tensor)}
+
+
+def restore_pieces(layer: nn.Module, saved: Mapping[str, Tensor]) -> None:
+    """Give a quantised weight the bits that :func:`stored_pieces` returned; those of another recipe are left out."""
+    pieces = {name: piece for name, piece in stored_pieces(layer).items() if name in saved}
+    if all((saved[name].shape, saved[name].dtype) == (piece.shape, piece.dtype) for name, piece in pieces.items()):
+        with torch.no_grad():
+            for name, piece in pieces.items():
+                piece.copy_(saved[name])
 
 
 def rms_norm_eps(norm: nn.RMSNorm) -> float:

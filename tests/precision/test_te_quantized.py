@@ -192,6 +192,20 @@ def test_a_run_resumes_bit_for_bit_also_after_a_validation(
     assert len(set(resumed.losses)) == 3
 
 
+def test_a_checkpoint_of_another_recipe_s_bits_gives_its_values(te: Any, on_gpu: Any, tmp_path: Any) -> None:
+    on_gpu(te_cpu.B200)
+    options: Any = {"quantized_weights": True, "exclude": ["first", "last", "head"]}
+    first = trainer(te_plugin(recipe="block", **options), steps=2)
+    trained = net(model=WideOnly)
+    first.fit(trained, batches(1))
+    first.save_checkpoint(tmp_path / "two.ckpt")
+    model = net(seed=7, model=WideOnly)
+    trainer(te_plugin(recipe="mxfp8", **options), steps=2).fit(model, batches(1), ckpt_path=tmp_path / "two.ckpt")
+    assert type(model.middle.weight).__name__.startswith("MXFP8")
+    exact = trained.middle.weight.dequantize()
+    torch.testing.assert_close(model.middle.weight.dequantize(), exact, rtol=1 / 8, atol=1e-3)
+
+
 # Recipes that do not fit together
 
 
