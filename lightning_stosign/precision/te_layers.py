@@ -71,11 +71,11 @@ class Linear(te.Linear):
             self.get_parameter(name).requires_grad_(False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        before = self._parameters.get("weight")
+        trains = getattr(self._parameters.get("weight"), "requires_grad", True)
         super()._apply(fn, recurse)
         weight = self._parameters.get("weight")
-        if isinstance(weight, te.QuantizedTensor) and before is not None:
-            weight.requires_grad_(before.requires_grad)  # TE's tensors forget it before 2.16
+        if isinstance(weight, te.QuantizedTensor):
+            weight.requires_grad_(trains)  # TE's tensors forget it before 2.16
         elif self._became_plain():  # a parameter without values, from the meta device
             self._quantize(torch.zeros_like(self.weight))
         return self
