@@ -30,8 +30,7 @@ class SignSGD(LowPrecisionOptimizer):
         maximize: ascend instead of descend.
         param_rounding: how a bfloat16 or float16 parameter is rounded after its update in float32: ``"stochastic"``,
             or ``"nearest"``, which loses steps that are below half the spacing of the parameter's numbers.
-        fused: True does the whole update in one pass, False in many, None does so on the CPU from 1 M values on; as in
-            :class:`StoSignSGD`.
+        fused: True does the whole update in one pass, False in many, None chooses; as in :class:`StoSignSGD`.
         on_nonfinite: what to do about a gradient with inf or NaN: ``"raise"`` a RuntimeError or ``"skip"`` the step
             with a warning. Parameters and states stay untouched either way. On an accelerator, where the host does not
             wait for the answer, the error or warning comes with the next step.

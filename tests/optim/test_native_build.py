@@ -8,9 +8,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest.mock import patch
 
 import native_library_script
 import pytest
+import torch
+
+from lightning_stosign import SignSGD, StoSignSGD
+from lightning_stosign.optim.kernels import cpu, native_prebuilt
 
 pytestmark = [
     pytest.mark.skipif(sys.platform == "win32", reason="there is no native code on Windows"),
@@ -263,3 +268,29 @@ def test_the_switch_runs_no_compiler_and_says_nothing(run, compiler, tmp_path):
     found = run(CXX=compiler(version=f"touch {tmp_path / 'asked'}; exit"), LIGHTNING_STOSIGN_COMPILE="0")
     assert found["loaded"] == [False, False] and not found["messages"]
     assert not (tmp_path / "asked").exists() and not (tmp_path / "cache").exists()
+
+
+def test_a_wheel_s_library_is_used_where_there_is_no_compiler(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(native_prebuilt, "prebuilt_kinds", lambda: [("finite.cpp", ("FIRST=1",))])
+    native_prebuilt.compile_prebuilt(tmp_path / "prebuilt")
+    without = run(20, tmp_path / "prebuilt", PATH="/nonexistent")
+    assert without["loaded"] == [True, False]
+    assert len(without["messages"]) == 1 and "eager steps" in without["messages"][0]  # of what the wheel does not have
+    switched_off = run(20, tmp_path / "prebuilt", LIGHTNING_STOSIGN_COMPILE="0")
+    assert switched_off["loaded"] == [True, False] and not switched_off["messages"]
+
+
+def test_a_wheel_has_the_steps_that_the_optimizers_ask_for():
+    asked = []
+    kinds = set(native_prebuilt.prebuilt_kinds())
+    with patch.object(cpu, "native_library", lambda *kind: asked.append((kind[0], kind[1:]))):
+        for options in ({}, {"betas": (0.9, 0.95)}):
+            for precision in (None, "bfloat16", "fp8", "fp8-raw", "fp8-block:stochastic_rounding=true"):
+                for dtype in (torch.float32, torch.bfloat16):
+                    for cls in (StoSignSGD, SignSGD):
+                        x = torch.nn.Parameter(torch.ones(5000, dtype=dtype))
+                        x.grad = torch.ones_like(x)
+                        cpu._library.cache_clear()
+                        cls([x], state_precision=precision, fused=True, **options if cls is StoSignSGD else {}).step()
+    cpu._library.cache_clear()
+    assert len(set(asked)) >= 25 and set(asked) <= kinds

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from lightning_stosign.optim.kernels.job import SEGMENT, Job, Kind
 from lightning_stosign.optim.kernels.native_build import native_library
+from lightning_stosign.optim.kernels.native_prebuilt import LONGEST_BLOCK, step_macros
 from lightning_stosign.optim.numerics.noise import Stream, hash_words
 from lightning_stosign.optim.states.state_precision import StatePrecision
 
-WORTH = 1_000_000  # below, hundreds of eager steps take less than the compilation
-LONGEST_BLOCK = 2048
+WORTH = 1_000  # below, even the one compilation per machine takes longer than thousands of eager steps
 
 _FORMATS = {
     torch.float32: "Float32",
@@ -189,9 +189,8 @@ def _library(kind: Kind, dtype: torch.dtype) -> CDLL | None:
         "ROUND_DECAYED": Stream.ROUND_ENVELOPE in streams,
         "ROUND_PARAM": Stream.ROUND_PARAM in streams,
     }
-    formats = f"PARAM={_FORMATS[dtype]}", f"STATE={_FORMATS[precision.dtype]}", f"SCALING={_scaling(precision)}"
-    longest = f"LONGEST_ROW={LONGEST_BLOCK}"
-    return native_library("step.cpp", *formats, longest, *(f"{name}={int(choice)}" for name, choice in choices.items()))
+    formats = _FORMATS[dtype], _FORMATS[precision.dtype], _scaling(precision)
+    return native_library("step.cpp", *step_macros(*formats, choices))
 
 
 def _scaling(precision: StatePrecision) -> str:
