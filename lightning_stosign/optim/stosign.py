@@ -51,11 +51,11 @@ class StoSignSGD(LowPrecisionOptimizer):
         param_rounding: how a bfloat16 or float16 parameter is rounded after its update in float32: ``"stochastic"``,
             or ``"nearest"``, which loses steps that are below half the spacing of the parameter's numbers.
         fused: True does the whole update in one pass, False in many: the eager path. None: True where that is possible
-            and worth it, on the CPU from 1,000 values on. On the CPU it is native code, which the machine's C++ compiler
-            makes once per machine, in about a second, in the user's cache folder (``LIGHTNING_STOSIGN_COMPILE=0``
-            switches that off); on CUDA and ROCm it is a Triton kernel. Without a compiler or Triton, and for what they
-            do not take (four-bit states, float64 parameters, blocks of more than 2048 values), the update is eager, and
-            a message says so once. All give the same bits.
+            and worth it, on the CPU from 1,000 values on. On the CPU it is native code, which the machine's C++
+            compiler makes once per machine, in about a second, in the user's cache folder
+            (``LIGHTNING_STOSIGN_COMPILE=0`` switches that off); on CUDA and ROCm it is a Triton kernel. Without a
+            compiler or Triton, and for what they do not take (four-bit states, float64 parameters, blocks of more than
+            2048 values), the update is eager, and a message says so once. All give the same bits.
         on_nonfinite: what to do about a gradient with inf or NaN: ``"raise"`` a RuntimeError or ``"skip"`` the step
             with a warning. Parameters and states stay untouched either way. On an accelerator, where the host does not
             wait for the answer, the error or warning comes with the next step.
