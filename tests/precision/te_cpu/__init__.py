@@ -6,7 +6,7 @@ recipes, quantizers, tensor classes, extra state and FusedAdam. So a test sees T
 and order of events.
 
 Encodings are real: bytes of E4M3, E5M2, E8M0 and E2M1, and the scales in TE's layouts. Products are computed in float32
-from the decoded values; a GPU adds in another order. Not covered: attention, userbuffers, CUDA graphs, streams,
+from the decoded values; a GPU adds in another order. Not covered: fused attention, userbuffers, CUDA graphs, streams,
 swizzled scales, the grouped kernels that read their sizes from the GPU, row-scaled and four-over-six NVFP4, speed.
 
 :func:`start` changes torch for the whole process, so these tests have a pytest process of their own: ``make test-te``.

@@ -8,50 +8,22 @@ from typing import Any
 
 import torch
 
+from te_cpu import pointwise, products, quantized
 from te_cpu.formats import DType as DType
-from te_cpu.pointwise import (
-    activations,
-)
-from te_cpu.pointwise import (
-    fused_amax_and_scale_update_after_reduction as fused_amax_and_scale_update_after_reduction,
-)
-from te_cpu.pointwise import (
-    layernorm_bwd as layernorm_bwd,
-)
-from te_cpu.pointwise import (
-    layernorm_fwd as layernorm_fwd,
-)
-from te_cpu.pointwise import (
-    multi_tensor_adam as multi_tensor_adam,
-)
-from te_cpu.pointwise import (
-    rmsnorm_bwd as rmsnorm_bwd,
-)
-from te_cpu.pointwise import (
-    rmsnorm_fwd as rmsnorm_fwd,
-)
-from te_cpu.products import generic_gemm as generic_gemm
-from te_cpu.products import te_general_grouped_gemm as te_general_grouped_gemm
-from te_cpu.quantized import (
-    bgrad_quantize as bgrad_quantize,
-)
-from te_cpu.quantized import (
-    create_empty_quantized_tensor as create_empty_quantized_tensor,
-)
-from te_cpu.quantized import (
-    dequantize as dequantize,
-)
-from te_cpu.quantized import (
-    fp8_transpose as fp8_transpose,
-)
-from te_cpu.quantized import (
-    quantize as quantize,
-)
-from te_cpu.quantized import (
-    split_quantize as split_quantize,
-)
 
-globals().update(activations())
+for _module, _names in {
+    products: ("generic_gemm", "te_general_grouped_gemm"),
+    pointwise: (
+        *("layernorm_fwd", "layernorm_bwd", "rmsnorm_fwd", "rmsnorm_bwd", "multi_tensor_adam"),
+        "fused_amax_and_scale_update_after_reduction",
+    ),
+    quantized: (
+        *("quantize", "split_quantize", "bgrad_quantize", "dequantize", "fp8_transpose"),
+        "create_empty_quantized_tensor",
+    ),
+}.items():
+    globals().update({name: getattr(_module, name) for name in _names})
+globals().update(pointwise.activations())
 
 FP8FwdTensors = enum.IntEnum(
     "FP8FwdTensors", [f"GEMM{i}_{role}" for i in (1, 2, 3) for role in ("INPUT", "WEIGHT", "OUTPUT")], start=0

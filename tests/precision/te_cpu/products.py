@@ -55,9 +55,8 @@ def generic_gemm(
     bias_grad = before_gelu = None
     if bias is not None and bias.numel() > 0:
         if grad:
-            bias_grad = (
-                (B if not low else dequantize(B, torch.float32)).detach().flatten(0, -2).float().sum(0).to(dtype)
-            )
+            values = dequantize(B, torch.float32) if low else B.detach()
+            bias_grad = values.flatten(0, -2).float().sum(0).to(dtype)
         else:
             result = result + bias.detach().float()
     if gelu and grad:
