@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Sequence
 from fnmatch import fnmatch
+from importlib.util import find_spec
 
 import torch
 from torch import nn
@@ -29,6 +30,15 @@ def _pytorch_optimizer(name: str) -> Make:
         import pytorch_optimizer
 
         return getattr(pytorch_optimizer, name)(params)
+
+    return make
+
+
+def _bitsandbytes(name: str) -> Make:
+    def make(params: list[nn.Parameter]) -> Optimizer:
+        import bitsandbytes
+
+        return getattr(bitsandbytes.optim, name)(params)
 
     return make
 
@@ -66,6 +76,8 @@ OPTIMIZERS: dict[str, Make] = {
     "SignSGD, fused, fp8": lambda params: SignSGD(params, fused=True, state_precision="fp8"),
     "SignSGD, eager": lambda params: SignSGD(params, fused=False),
 }
+if find_spec("bitsandbytes") is not None:  # large, and no dependency: pip install bitsandbytes
+    OPTIMIZERS |= {f"bitsandbytes {name}": _bitsandbytes(name) for name in ("AdamW8bit", "Lion8bit")}
 
 
 def choose(patterns: Sequence[str]) -> dict[str, Make]:
