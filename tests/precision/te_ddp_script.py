@@ -13,12 +13,8 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-te_cpu.start()
-
-from lightning_stosign.precision import Float8Precision  # noqa: E402
-from lightning_stosign.precision.te_backend import TransformerEngineBackend  # noqa: E402
-
-TransformerEngineBackend.device_types = ("cpu",)
+from lightning_stosign.precision import Float8Precision
+from lightning_stosign.precision.te_backend import TransformerEngineBackend
 
 
 class Net(LightningModule):
@@ -68,4 +64,6 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
+    te_cpu.start()  # changes torch: not where pytest looks for doctests
+    TransformerEngineBackend.device_types = ("cpu",)
     main(Path(sys.argv[1]))
