@@ -131,3 +131,15 @@ def _take_over_hooks(name: str, original: nn.Module, replacement: nn.Module) -> 
             if getattr(hook, "with_module", False):
                 hook.module = weakref.ref(replacement)
     vars(replacement)[name] = hooks
+
+
+def keep_to_the_layers(root: nn.Module, is_converted: Callable[[nn.Module], bool]) -> None:
+    """Keep torch's transformer layers from their fused path, which reads the weights of linear layers by itself.
+
+    In eval mode without gradients ``nn.TransformerEncoderLayer`` calls none of its linear layers: their FP8 would be
+    skipped where a model is validated or used.
+    """
+    for module in root.modules():
+        if isinstance(module, nn.TransformerEncoderLayer) and any(map(is_converted, module.children())):
+            # A condition of the fused path, also of nn.TransformerEncoder's; the layer itself calls `activation`.
+            module.activation_relu_or_gelu = 0

@@ -4,6 +4,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from lightning_stosign._plain import plain
 from lightning_stosign.precision._backend import Float8Backend
@@ -140,6 +141,7 @@ class _RoundedProduct(torch.autograd.Function):
         return (x @ w.t()).view(*input.shape[:-1], weight.shape[0])
 
     @staticmethod
+    @once_differentiable  # twice would differentiate the rounding
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         input, weight = ctx.saved_tensors
         rounding: EmulatedRecipe = ctx.rounding

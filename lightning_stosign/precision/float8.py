@@ -20,6 +20,7 @@ from lightning_stosign._plain import plain
 from lightning_stosign.precision._layers import (
     is_excluded,
     is_plain_linear,
+    keep_to_the_layers,
     names_of_modules,
     shared_parameters,
     swap,
@@ -172,6 +173,7 @@ class Float8Precision(TransformerEnginePrecision):
                 f"nn.Linear layers, {len(linears) - len(wanted)} are left out by exclude={list(self.exclude)}, and "
                 f"{len(unfit)} have sizes that are not multiples of {self._backend.multiple}{_sizes(unfit)}"
             )
+        keep_to_the_layers(module, self._backend.holds_converted)
         _cast(module, self.weights_dtype)
         return module
 

@@ -46,11 +46,12 @@ class TorchAOBackend(Float8Backend):
     def __init__(self, recipe: RecipeChoice) -> None:
         with _without_import_noise():
             from torchao.float8 import Float8LinearConfig, convert_to_float8_training
-            from torchao.float8.float8_linear import Float8Linear
+
+            from lightning_stosign.precision.torchao_layers import TorchAOLinear
         recipe.options_among(())
         assert recipe.name is not None
         self._convert = convert_to_float8_training
-        self._layer_type = Float8Linear
+        self._layer_type = TorchAOLinear
         self.multiple = RECIPES[recipe.name].multiple
         # FSDP2 gathers a weight's shards, each cast by the scale of the whole: only one scale a tensor can do that.
         self.features = frozenset({"float8_all_gather"} if recipe.name == "current" else ())
@@ -70,7 +71,9 @@ class TorchAOBackend(Float8Backend):
     def convert_linear(self, layer: nn.Linear, dtype: torch.dtype) -> nn.Module:
         """See :meth:`Float8Backend.convert_linear`."""
         # Given a root layer, torchao returns a new one; given a model, it misses the second name of a shared layer.
-        return cast(nn.Module, self._convert(layer, config=self.config))
+        converted = cast(nn.Module, self._convert(layer, config=self.config))
+        converted.__class__ = self._layer_type
+        return converted
 
     def float8_all_gather(self, root: nn.Module) -> None:
         """See :meth:`Float8Backend.float8_all_gather`; a weight that several modules hold stays as it is."""
