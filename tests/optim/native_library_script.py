@@ -5,6 +5,7 @@ import sys
 import time
 import types
 import warnings
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 
 HOME = Path(__file__).parents[2] / "lightning_stosign"
@@ -19,6 +20,7 @@ def without_torch():
     }.items():
         package = sys.modules[name] = types.ModuleType(name)
         package.__path__ = [str(folder)]
+        package.__spec__ = ModuleSpec(name, None, origin=str(folder / "__init__.py"), is_package=True)
     from lightning_stosign.optim.kernels import native_build
 
     return native_build

@@ -14,13 +14,13 @@ import shutil
 import signal
 import subprocess
 import time
-import warnings
 from collections.abc import Sequence
 from ctypes import CDLL, c_int, c_int64, c_uint32, c_void_p
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lightning_stosign._user_code import warn_user
 from lightning_stosign.optim.kernels.native_cache import LibraryCache, Unavailable
 
 SWITCH = "LIGHTNING_STOSIGN_COMPILE"
@@ -102,7 +102,7 @@ def _tell(consequence: str) -> None:
         return
     _told.add(consequence)
     message = f"No native code could be compiled: {_given_up[0]}; {consequence}. Set {SWITCH}=0 to skip compilation."
-    warnings.warn(message, RuntimeWarning, stacklevel=3)
+    warn_user(message, RuntimeWarning)
 
 
 def compile_library(source: str, macros: Sequence[str], processor: str, compiler: Compiler, folder: Path) -> Path:
