@@ -19,10 +19,10 @@ class TorchAOLinear(Float8Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Map ``[..., in_features]`` to ``[..., out_features]``."""
-        if torch.is_inference_mode_enabled():
+        if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
             with torch.inference_mode(False), torch.no_grad():
                 return self.forward(input.clone())
-        if input.shape[:-1].numel() == 0:
+        if not torch.compiler.is_compiling() and input.numel() == 0:
             zeros = input.new_zeros(_TOKENS, input.shape[-1])
             rows = torch.cat([input.reshape(-1, input.shape[-1]), zeros])
             return self.forward(rows)[:0].view(*input.shape[:-1], self.out_features)
