@@ -164,8 +164,9 @@ def _saved_name(optimizer: Optimizer, state_dict: StateDict) -> str | None:
         return None  # of an optimizer that only its user knows, with all of its options
     if saved != UNKNOWN.name:
         return saved
-    # Of an optimizer that nobody knows, or of this one in another version.
-    return None if own.options <= groups[0].keys() else f"another optimizer (options {_listed(groups[0])})"
+    # Of an optimizer that nobody knows; or of this one, in a version with other options or with fewer.
+    is_own = own.options <= groups[0].keys() or set(groups[0]) - _NO_OPTIONS <= optimizer.defaults.keys()
+    return None if is_own else f"another optimizer (options {_listed(groups[0])})"
 
 
 # Older versions of torch, and other libraries, do not tell them apart.
