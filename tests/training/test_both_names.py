@@ -148,7 +148,7 @@ def test_backbone_finetuning_with_the_plugin(pl):
     finetuning = pl.callbacks.BackboneFinetuning(unfreeze_backbone_at_epoch=10)
     trainer(pl, plugins=[ours.Float8Precision()], callbacks=[finetuning], steps=4).fit(model, data())
     assert torch.equal(model.backbone[0].weight, frozen)
-    assert type(model.backbone[0]).__name__ == "Float8Linear"
+    assert type(model.backbone[0]).__name__ == "TorchAOLinear"
 
 
 def test_throughput_monitors_count_the_plugin_as_float8(pl):
