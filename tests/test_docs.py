@@ -5,6 +5,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from inspection.written_by import table
 
 import lightning_stosign
 
@@ -51,6 +52,10 @@ def test_public_name_is_in_the_api_reference(name):
 def test_public_name_of_health_is_documented(name):
     value = getattr(lightning_stosign.health, name)
     assert (value.__doc__ or "").strip()
+
+
+def test_table_of_checkpoints_is_the_tests_own():
+    assert table() in (ROOT / "docs" / "guides" / "inspect.md").read_text()
 
 
 def test_readme_is_short():
