@@ -14,11 +14,9 @@ from torch.optim import Optimizer
 from lightning_stosign._lightning_names import is_a
 from lightning_stosign.optim.alias.alias import ALIAS
 from lightning_stosign.optim.param_groups import GroupRule, add_by_rule
+from lightning_stosign.optim.resuming import ADDITION
 from lightning_stosign.schedule import batches_of_this_step
 from lightning_stosign.strategies.sign_ddp import SignDDPStrategy
-
-# Option of a param group: which addition to the optimizer it came from, counted from 1.
-ADDITION = "addition"
 
 
 def follow_training(optimizer: Optimizer, module: LightningModule, rule: GroupRule) -> None:

@@ -14,6 +14,8 @@ from lightning_stosign.health.forecast import Change
 from lightning_stosign.health.rules import UpdateRule, update_rule
 from lightning_stosign.health.sharding import Layout, localize
 from lightning_stosign.health.stored_states import in_float32
+from lightning_stosign.optim.emulation import state_degree
+from lightning_stosign.optim.nested import group_of, keeper_of
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,7 @@ class Moments:
         decoupled_weight_decay: the factor by which ``lr`` times the parameter is subtracted besides the update.
         stochastic_sign: whether the update is ``sign(numerator + denominator * noise)``.
         layouts: where a state's values lie in the whole state; without an entry this rank has it all.
+        step_size: the step size that a self-tuning optimizer found, learning rate included; None for others.
         changes: by state, what its next step adds to a slice of the flat values, for a gradient like the last one.
     """
 
@@ -40,6 +43,7 @@ class Moments:
     stochastic_sign: bool
     layouts: Mapping[str, Layout] = field(default_factory=dict)
     changes: Mapping[str, Change] = field(default_factory=dict)
+    step_size: Tensor | None = None
 
     def layout(self, name: str) -> Layout:
         """Return where a state's values lie in the whole state."""
@@ -50,7 +54,7 @@ def read_moments(optimizer: Optimizer, param: Tensor, group: Mapping[str, Any]) 
     """Read the states of one parameter, dequantised where they are stored in low precision.
 
     Args:
-        optimizer: any torch optimizer.
+        optimizer: any torch optimizer; one that wraps others (Lookahead, ZeroRedundancyOptimizer) is looked through.
         param: one of its parameters. Of a DTensor each rank reads its own values.
         group: the parameter's group.
 
@@ -65,6 +69,9 @@ def read_moments(optimizer: Optimizer, param: Tensor, group: Mapping[str, Any]) 
         >>> moments.states["exp_avg"], set(moments.decisive_names)
         (tensor([0.1016, 0.0000]), {'exp_inf'})
     """
+    keeper = keeper_of(optimizer, param)
+    if keeper is not optimizer:
+        group, optimizer = group_of(keeper, param) or group, keeper
     state = optimizer.state.get(param, {})
     rule = update_rule(optimizer, group, state)
     local = {name: localize(value) for name, value in state.items() if isinstance(value, DTensor)}
@@ -82,12 +89,15 @@ def read_moments(optimizer: Optimizer, param: Tensor, group: Mapping[str, Any]) 
         states=states,
         numerator=grad if numerator_name == "grad" else states.get(numerator_name or ""),
         denominator=states.get(denominator_name or ""),
-        # All where the rule names none of them: Adafactor keeps a matrix's second moments as row_var and col_var.
-        decisive_names=frozenset(name for name in states if name == decisive) or frozenset(states),
+        # Where the rule names none of them, the second moments (Adafactor's are row_var and col_var), or all.
+        decisive_names=frozenset(name for name in states if name == decisive)
+        or frozenset(name for name in states if state_degree(name) == 2)
+        or frozenset(states),
         decoupled_weight_decay=_decoupled_weight_decay(rule, group),
         stochastic_sign=rule.stochastic_sign(group),
         layouts=layouts,
         changes=_changes(rule, states, group, grad),
+        step_size=group["step_size"] if isinstance(group.get("step_size"), Tensor) else None,
     )
 
 

@@ -192,7 +192,7 @@ def _by_convention(states: Mapping[str, Any]) -> UpdateRule:
     present = tuple(
         name
         for name in denominators
-        if numerator is not None and name in moments and moments[name].shape == moments[numerator].shape
+        if name in moments and (numerator is None or moments[name].shape == moments[numerator].shape)
     )
     if present or len(moments) == 1:
         return UpdateRule(numerator, present, _if_decoupled, decays=None)

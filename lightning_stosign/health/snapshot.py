@@ -92,7 +92,7 @@ class Snapshot:
         self._tallies["grad_square_max"][layer] = Tally("max_square", largest, group=layout.group)
 
     def add_states(self, layer: str, moments: Moments) -> None:
-        """Add the statistics of one parameter's states."""
+        """Add the statistics of one parameter's states, and ``step_size`` where the optimizer finds it itself."""
         for name, value in moments.states.items():
             layout = moments.layout(name)
             if layout.numel == 0:
@@ -113,6 +113,8 @@ class Snapshot:
                     self._waiting.append((name, layer, layout, rounds))
             if self._with_histograms or self._quantiles:
                 self._counts[name][layer] = _Counts(magnitude_counts(value, statistics.zeros), layout.group)
+        if moments.step_size is not None:
+            self._add("step_size", layer, Tally("mean", moments.step_size.detach().reshape(())))
         self._add_coordinates(layer, moments)
 
     def _add_coordinates(self, layer: str, moments: Moments) -> None:

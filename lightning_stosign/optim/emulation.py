@@ -1,20 +1,29 @@
 """What would this precision do to the states of an optimizer that cannot store them so?"""
 
+import re
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lightning_stosign.optim.low_precision import LowPrecisionOptimizer
-from lightning_stosign.optim.states.state_precision import StatePrecision, precision_of
+from lightning_stosign.optim.nested import optimizers_within
+from lightning_stosign.optim.states.state_precision import StatePrecision, precision_of, warn_if_too_small
 from lightning_stosign.optim.states.storage import round_trip
 
-# How a state scales when all gradients are multiplied by s: by s ** degree; 1 where it is not listed.
+# How a state scales when all gradients are multiplied by s: by s ** degree. Second moments go by many names:
+# exp_avg_sq, exp_avg_sq_row, square_avg, exp_avg_var, variance_ma, row_var ... Of the others, 1 where none is listed.
+_SECOND_MOMENT = re.compile(r"(^|_)(sq|square|var|variance)(_|$)")
+_COPIES_OF_PARAMETERS = ("slow_params", "z", "x0", "p0", "shadow", "backup_params", "prev_param")
 _DEGREES = {
-    **dict.fromkeys(("exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum", "variance", "row_var", "col_var"), 2),
-    **dict.fromkeys(("acc_delta", "step_size", "ax", "eta", "mu", "mu_product"), 0),
+    "sum": 2,
+    **dict.fromkeys(
+        ("acc_delta", "step_size", "ax", "eta", "mu", "mu_product", "exp_avg_res_row", "exp_avg_res_col"), 0
+    ),
+    **dict.fromkeys(_COPIES_OF_PARAMETERS, 0),
 }
 
 _COUNTERS = ("eta", "mu", "mu_product")
@@ -24,10 +33,10 @@ def state_degree(name: str) -> int:
     """Return the power of the gradient's scale that a state is proportional to.
 
     Example:
-        >>> state_degree("exp_avg"), state_degree("exp_avg_sq"), state_degree("step_size")
-        (1, 2, 0)
+        >>> [state_degree(name) for name in ("exp_avg", "exp_avg_sq", "exp_avg_sq_row", "exp_avg_var", "step_size")]
+        [1, 2, 2, 2, 0]
     """
-    return _DEGREES.get(name, 1)
+    return _DEGREES.get(name, 2 if _SECOND_MOMENT.search(name) else 1)
 
 
 def is_moment(name: str, value: Any, param: Tensor) -> bool:
@@ -58,8 +67,8 @@ def emulate_state_precision(optimizer: Optimizer, precision: StatePrecision | st
 
     Raises:
         TypeError: ``optimizer`` is not a torch optimizer.
-        ValueError: ``optimizer`` is one of this package's, or under an emulation already; ``precision`` is unknown or
-            rounds stochastically.
+        ValueError: ``optimizer`` is one of this package's, under an emulation already, or keeps quantised states
+            itself; ``precision`` is unknown or rounds stochastically.
 
     Example:
         >>> import torch
@@ -80,10 +89,18 @@ def emulate_state_precision(optimizer: Optimizer, precision: StatePrecision | st
             f"optimizer: {type(optimizer).__name__}'s states are emulated in {emulated_precision(optimizer)} already; "
             "end that by its handle's remove() first"
         )
+    for each in optimizers_within(optimizer):
+        if reason := _quantised(each):
+            raise ValueError(
+                f"optimizer: {type(each).__name__} keeps quantised states itself ({reason}), which are no values to "
+                "round; accepted: optimizers with floating-point states"
+            )
     precision = StatePrecision.parse(precision)
     if precision.stochastic_rounding:
         raise ValueError("precision: stochastic_rounding=True is not emulated; accepted: rounding to nearest")
 
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    warn_if_too_small(type(optimizer).__name__, precision, params)
     return optimizer.register_step_post_hook(_Emulation(precision))
 
 
@@ -94,13 +111,41 @@ class _Emulation:
         self.precision = precision
 
     def __call__(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        for param, state in optimizer.state.items():
+        states = {id(state): (p, state) for each in optimizers_within(optimizer) for p, state in _states(each)}
+        for param, state in states.values():
             precision = precision_of(state, {}) or self.precision
             if not precision.applies_to(param):
                 continue
             for name, value in state.items():
                 if is_moment(name, value, param) and value.numel() > 0:
                     _round(value, precision, state_degree(name))
+
+
+def _states(optimizer: Optimizer) -> list[tuple[Tensor, dict[str, Any]]]:
+    """Return the parameters with states, and these; of a shadow, which is empty between steps, its owner's count."""
+    return [(p, s) for p, s in optimizer.state.items() if isinstance(p, Tensor) and isinstance(s, dict) and p.numel()]
+
+
+_QUANTISED_CLASS = re.compile(r"8bit|4bit|fp8", re.IGNORECASE)
+
+
+def _quantised(optimizer: Optimizer) -> str | None:
+    """Return how it is known that an optimizer keeps codes or low-bit tensors, or None."""
+    if _QUANTISED_CLASS.search(type(optimizer).__name__):
+        return "by its name"
+    if getattr(getattr(optimizer, "args", None), "optim_bits", 32) == 8:
+        return "optim_bits=8"  # bitsandbytes
+    dtypes = getattr(optimizer, "name_to_dtype_map", {})  # Transformer Engine's FusedAdam
+    narrow = [name for name in ("exp_avg", "exp_avg_sq") if dtypes.get(name) in (torch.uint8, torch.float16)]
+    if narrow:
+        return f"{narrow[0]} in {dtypes[narrow[0]]}"
+    for _, state in _states(optimizer):
+        for name, value in state.items():
+            if isinstance(value, Tensor) and (
+                value.dtype == torch.uint8 or type(value).dequantize is not Tensor.dequantize
+            ):
+                return f"its state {name}"
+    return None
 
 
 def _round(value: Tensor, precision: StatePrecision, degree: int) -> None:
@@ -118,9 +163,10 @@ def emulated_precision(optimizer: Optimizer) -> StatePrecision | None:
     Returns:
         The precision given to :func:`emulate_state_precision`; None for an optimizer that is not under it.
     """
-    for hook in optimizer._optimizer_step_post_hooks.values():
-        if isinstance(hook, _Emulation):
-            return hook.precision
+    for each in optimizers_within(optimizer):
+        for hook in each._optimizer_step_post_hooks.values():
+            if isinstance(hook, _Emulation):
+                return hook.precision
     return None
 
 

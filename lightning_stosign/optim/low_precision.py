@@ -17,7 +17,13 @@ from lightning_stosign.optim.kernels.deferred import DeferredCheck, defers
 from lightning_stosign.optim.kernels.job import Job, Kind, Numbers
 from lightning_stosign.optim.numerics.noise import noise_key
 from lightning_stosign.optim.sharding import local, max_over_shards
-from lightning_stosign.optim.states.state_precision import FLOAT32, OVERRIDE, StatePrecision, precision_of
+from lightning_stosign.optim.states.state_precision import (
+    FLOAT32,
+    OVERRIDE,
+    StatePrecision,
+    precision_of,
+    warn_if_too_small,
+)
 from lightning_stosign.optim.states.storage import init_state
 from lightning_stosign.optim.voted_step import VotedSteps
 
@@ -33,6 +39,15 @@ class LowPrecisionOptimizer(VotedSteps):
         if defaults["state_precision"] is not None:
             defaults["state_precision"] = str(StatePrecision.parse(defaults["state_precision"]))
         super().__init__(params, defaults)
+        self._warn_of_small_parameters()
+
+    def _warn_of_small_parameters(self) -> None:
+        by_precision: dict[str, list[Tensor]] = {}
+        for group in self.param_groups:
+            if group["state_precision"] is not None:
+                by_precision.setdefault(group["state_precision"], []).extend(group["params"])
+        for spec, of_spec in by_precision.items():
+            warn_if_too_small(type(self).__name__, StatePrecision.parse(spec), of_spec)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a param group, as in torch.optim; its options and parameters are checked."""

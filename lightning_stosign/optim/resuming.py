@@ -14,6 +14,9 @@ from lightning_stosign.optim.states.state_precision import FLOAT32, OVERRIDE, St
 from lightning_stosign.optim.states.storage import is_packed, read_state
 
 # What param groups hold besides options: it is loaded, and nobody has configured it.
+# Option of a group: which addition during training it came from, counted from 1. What added it sets its learning rate.
+ADDITION = "addition"
+
 _OF_TORCH = {"params", "param_names", "initial_lr", "differentiable"}
 _OF_OURS = {"step_size", "estimates", "use_muon", "accumulate_grad_batches", "accumulated_batches"}
 _NO_OPTIONS = _OF_TORCH | _OF_OURS
@@ -94,7 +97,8 @@ def reconcile(optimizer: Optimizer, state_dict: StateDict) -> StateDict:
         state_dict = {**state_dict, "state": _converted(optimizer, state_dict, old, new)}
         kept: Sequence[str] = [option for option in optimizer.defaults if option not in _NO_OPTIONS]
     else:
-        _warn_of_changes(optimizer, groups, resumption.keep)
+        if not _has_stepped(optimizer):  # or else it goes back to a state of its own
+            _warn_of_changes(optimizer, groups, resumption.keep)
         kept = [option for option in resumption.keep if option != "state_precision"]
     if old is None and not kept:
         return state_dict
@@ -175,6 +179,14 @@ def _saved_name(optimizer: Optimizer, state_dict: StateDict) -> str | None:
 _SAME = [{"Adam or AdamW", "Adam"}, {"Adam or AdamW", "AdamW"}, {"Adam", "AdamW"}]
 
 
+def _has_stepped(optimizer: Optimizer) -> bool:
+    state = next((state for state in optimizer.state.values() if state), None)
+    if state is None:
+        return False
+    counts = [state[name] for name in ("step", "outer_step") if name in state]
+    return all(int(count) > 0 for count in counts)
+
+
 def _state_names(states: Iterable[Any]) -> set[str]:
     return {name for state in states if isinstance(state, Mapping) for name in state}
 
@@ -188,6 +200,8 @@ def _warn_of_changes(optimizer: Optimizer, groups: Sequence[Mapping[str, Any]], 
     for own, saved in zip(optimizer.param_groups, groups, strict=True):
         for option in optimizer.defaults:
             if option in _NO_OPTIONS or option in keep or option not in own or option not in saved:
+                continue
+            if option == "lr" and ADDITION in saved:
                 continue
             ours, theirs = (_peak_lr(g) if option == "lr" else g[option] for g in (own, saved))
             if _plain(ours) != _plain(theirs):

@@ -12,10 +12,11 @@ from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim import Optimizer
+from torch.optim import LBFGS, Optimizer
 
 from lightning_stosign._lightning_names import adopt, under_both_names
 from lightning_stosign._plain import plain
+from lightning_stosign.optim.alias.alias import ALIAS
 from lightning_stosign.optim.base import check_choice
 from lightning_stosign.optim.voting import VotingOptimizer
 from lightning_stosign.strategies.exchange import BUCKET_CAP_MB, Aggregation, SignExchange, sign_hook
@@ -244,10 +245,13 @@ class SignDDPStrategy(DDPStrategy):
         """Create the optimizers and, for votes on updates, connect each of them to the other workers.
 
         Raises:
-            ValueError: an optimizer's update is not a sign; a GradScaler is in use.
+            ValueError: an optimizer's update is not a sign; a GradScaler is in use; with votes on gradients, an
+                optimizer evaluates its closure more than once per step.
         """
         super().setup_optimizers(trainer)
         if self.signs_of == "gradients":
+            for optimizer in self.optimizers:
+                _refuse_if_it_compares_gradients(optimizer)
             return
         if getattr(self.precision_plugin, "scaler", None) is not None:
             raise ValueError(
@@ -407,6 +411,16 @@ def _leave_gradients_alone(ddp: nn.Module, args: Any) -> None:
 
 def _own_path(filepath: Any, rank: int) -> str:
     return f"{filepath}{OWN_SUFFIX}/{rank}.ckpt"
+
+
+def _refuse_if_it_compares_gradients(optimizer: Optimizer) -> None:
+    """Raise for an optimizer that takes the difference of two gradients of one step for the loss's curvature."""
+    same_batch = isinstance(optimizer, ALIAS) and optimizer.defaults["same_batch"]
+    if same_batch or isinstance(optimizer, LBFGS):
+        raise ValueError(
+            f"SignDDPStrategy(signs_of='gradients') does not run with {type(optimizer).__name__}, which compares "
+            "several gradients of a step: the signs' noise would look like curvature. Use strategy='ddp' with it"
+        )
 
 
 def _check_int(name: str, value: Any, below: int) -> None:

@@ -229,3 +229,16 @@ def test_unknown_options_and_fields_are_named():
         StoSignConfig(keep_on_resume=("warmup_steps",))
     with pytest.raises(TypeError, match="keep_on_resume='lr' must be a list"):
         StoSignConfig(keep_on_resume="lr")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_going_back_to_a_state_of_its_own_says_nothing(name):
+    # As the step-size finder does between its trials.
+    _, optimizer = stepped(partial(built, name))
+    saved = copy.deepcopy(optimizer.state_dict())
+    for group in optimizer.param_groups:
+        group["lr"] = 0.5
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.load_state_dict(saved)
+    assert optimizer.param_groups[0]["lr"] == saved["param_groups"][0]["lr"]

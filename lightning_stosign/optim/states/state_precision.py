@@ -1,7 +1,7 @@
 """How an optimizer state is stored: dtype, scaling and rounding, as a value with a name."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from typing import Any, Literal
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_stosign._plain import make_fields_plain
+from lightning_stosign._user_code import warn_user
 
 FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
 # The name of the format; before torch 2.8, which has none, what holds it everywhere: bytes.
@@ -186,6 +187,24 @@ def precision_of(state: Mapping[str, Any], group: Mapping[str, Any]) -> StatePre
         override = override.to_bytes((override.bit_length() + 7) // 8, "big")
     spec = group.get("state_precision") if override is None else override.decode()  # bytes in older checkpoints
     return None if spec is None else StatePrecision.parse(spec)
+
+
+def warn_if_too_small(optimizer: str, precision: StatePrecision, params: Sequence[Tensor]) -> None:
+    """Warn where no parameter is large enough for a precision, which then has no effect.
+
+    Args:
+        optimizer: the optimizer's name.
+        precision: how it is asked to store its states.
+        params: its parameters.
+    """
+    largest = max((param.numel() for param in params), default=0)
+    if largest > 0 and precision != FLOAT32 and not any(precision.applies_to(param) for param in params):
+        warn_user(
+            f"{optimizer}: state_precision={str(precision)!r} has no effect: the largest of {len(params)} parameters "
+            f"has {largest} values, fewer than min_numel={precision.min_numel}. To store their states so all the same, "
+            f"add min_numel=0 to it.",
+            UserWarning,
+        )
 
 
 _PRESETS = {
