@@ -230,7 +230,10 @@ class LowPrecisionOptimizer(VotedSteps):
         """Count a step, unless it is found that it was not taken."""
         taken = [self._steps_taken(param) for param in params] if self._counts or found_inf is not None else []
         steps = [self.state[param]["step"] for param in params]
-        foreach_add(steps, 1 if found_inf is None else (found_inf == 0).to(torch.int64))
+        if found_inf is None:
+            foreach_add(steps, 1)
+        else:
+            foreach_add(steps, [(found_inf == 0).to(torch.int64)] * len(steps))
         for param, step, count in zip(params, steps, taken, strict=False):
             self._counts[param] = step, step._version, count + 1
 

@@ -1,60 +1,23 @@
-"""The native step: the eager step's bits in every format, whatever the shapes, the threads and the machine."""
+"""What only the native backend has: threads, a compiler, and jobs that it refuses. Its bits: test_backends.py."""
 
 import stat
 import types
 import warnings
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from unittest.mock import patch
 
-import fused_runs
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from backend_runs import SHAPES, assert_equal, assert_same_runs, train
 from torch import nn
 
-from lightning_stosign import SignSGD, StatePrecision, StoSignSGD
+from lightning_stosign import StoSignSGD
 from lightning_stosign.optim.kernels import cpu, dispatch, native_build
 from lightning_stosign.optim.kernels.job import SEGMENT, Job, Kind, Numbers
 from lightning_stosign.optim.kernels.native_build import native_library
 from lightning_stosign.optim.states.state_precision import FLOAT32
 
-SHAPES = [(20480,), (70, 256), (128, 64, 2, 2), (129, 130), (300, 7), (256,), (5,), (), (0, 3)]
-FORMATS = {
-    **{name: name for name in ("bfloat16", "float16", "fp8-raw", "fp8", "fp8-block")},
-    "E5M2, raw": "fp8-raw:dtype=float8_e5m2",
-    "E5M2": "fp8:dtype=float8_e5m2",
-    "float16, scaled": "fp8:dtype=float16",
-    "float16, blocks of 48": "fp8-block:dtype=float16,block_size=48",
-    "the longest blocks": "fp8-block:block_size=2048",
-    "static": "fp8-raw:static_scale=1024.0",
-}
-
 pytestmark = pytest.mark.filterwarnings("ignore:betas")
-
-
-def precision_of(spec, **changes):
-    return str(replace(StatePrecision.parse(spec), min_numel=0, **changes))
-
-
-def train(**options):
-    return fused_runs.train(SHAPES, **{"steps": 6, **options})
-
-
-def assert_equal(a, b, what=""):
-    assert a.dtype == b.dtype, what
-    a, b = a.detach().double(), b.detach().double()
-    assert torch.equal(a.isnan(), b.isnan()), what
-    assert torch.equal(a.nan_to_num(nan=0.0), b.nan_to_num(nan=0.0)), what
-
-
-def assert_same_bits(**options):
-    (a, one), (b, other) = (train(fused=compiled, **options) for compiled in (True, False))
-    for p, q in zip(a, b, strict=True):
-        assert_equal(p, q, p.shape)
-        assert one.state[p].keys() == other.state[q].keys()
-        for name, value in one.state[p].items():
-            assert_equal(value, other.state[q][name], (name, p.shape))
 
 
 def test_this_machine_has_native_code():
@@ -75,72 +38,6 @@ def updates(monkeypatch):
     return calls
 
 
-@pytest.mark.parametrize("precision", FORMATS.values(), ids=FORMATS.keys())
-@pytest.mark.parametrize("at_random", [False, True], ids=["to nearest", "at random"])
-def test_every_storage_has_the_eager_step_s_bits(precision, at_random, updates):
-    precision = precision_of(precision, stochastic_rounding=at_random)
-    assert_same_bits(state_precision=precision)
-    assert updates == [(precision, len(SHAPES) - 1)] * 6
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"stochastic": False},
-        {"weight_decay": 0.1, "maximize": True},
-        {"betas": (0.5, 0.9)},
-        *({"betas": (0.5, 0.9), "state_precision": precision_of(spec)} for spec in FORMATS.values()),
-        {"state_precision": "fp8"},  # small tensors in float32
-        {"dtype": torch.bfloat16},
-        {"dtype": torch.float16, "weight_decay": 0.1},
-        {"dtype": torch.bfloat16, "param_rounding": "nearest", "state_precision": "bfloat16"},
-        {"dtype": torch.float16, "param_rounding": "nearest", "state_precision": precision_of("fp8-block")},
-        {"cls": SignSGD},
-        {"cls": SignSGD, "maximize": True, "state_precision": precision_of("fp8", stochastic_rounding=True)},
-        {"cls": SignSGD, "momentum": 0.0, "maximize": True, "weight_decay": 0.1},
-        {"cls": SignSGD, "momentum": 0.0, "dtype": torch.bfloat16},
-    ],
-    ids=str,
-)
-def test_every_option_has_the_eager_step_s_bits(options, updates):
-    assert_same_bits(**options)
-    assert updates
-
-
-@pytest.mark.parametrize(
-    "precision",
-    ["float32", "bfloat16", "float16", "fp8-raw", "fp8-raw:dtype=float8_e5m2", "fp8", "fp8-block:block_size=8"],
-)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@settings(max_examples=10, deadline=None)
-@given(seed=st.integers(0, 2**32 - 1), rounding=st.sampled_from(["stochastic", "nearest"]))
-def test_any_bits_in_parameter_and_states_come_out_as_eagerly(precision, dtype, seed, rounding):
-    generator = torch.Generator().manual_seed(seed)
-
-    def any_bits(dtype, numel=1 << 12):
-        return torch.randint(0, 256, (numel * dtype.itemsize,), dtype=torch.uint8, generator=generator).view(dtype)
-
-    storage = StatePrecision.parse(precision_of(precision))
-    start, grad, m, G = (any_bits(of) for of in (dtype, dtype, storage.dtype, storage.dtype))
-    grad = torch.where(grad.isfinite(), grad, 1.0)
-    G = G.float().abs().clamp(max=torch.finfo(G.dtype).max).to(G.dtype)  # a stored envelope is no inf; NaN is kept
-    scales = (torch.randint(-126, 120, (2, len(m) // 8), generator=generator).float()).exp2()
-    results = []
-    for compiled in (True, False):
-        x = nn.Parameter(start.clone())
-        x.grad = grad
-        optimizer = StoSignSGD([x], lr=3.0, state_precision=storage, param_rounding=rounding, fused=compiled)
-        for name, values, scale in (("exp_avg", m, scales[0]), ("exp_inf", G, scales[1])):
-            optimizer.state[x][name] = values.clone()
-            if storage.scaling != "none":
-                optimizer.state[x][name + "_scale"] = scale.clone() if storage.scaling == "block" else scale[0].clone()
-        optimizer.step()
-        results.append((x, *optimizer.state[x].values()))
-    for one, other in zip(*results, strict=True):
-        assert_equal(one, other)
-
-
 @pytest.fixture
 def threads():
     """Sets the number of threads."""
@@ -154,7 +51,7 @@ def test_threads_change_nothing(precision, threads):
     results = []
     for count in (1, 2, 3):
         threads(count)
-        results.append(train(fused=True, state_precision=precision)[0])
+        results.append(train(bad=None, fused=True, state_precision=precision)[0])
     for others in results[1:]:
         assert all(torch.equal(p, q) for p, q in zip(results[0], others, strict=True))
 
@@ -207,38 +104,6 @@ def test_gradients_of_several_dtypes_and_layouts_are_checked():
     assert cpu.nonfinite(tensors).tolist() == [True, False, False]
 
 
-def test_nonfinite_gradient_touches_nothing():
-    params, optimizer = train(steps=2, fused=True)
-    before = [p.detach().clone() for p in params]
-    states = [{name: value.clone() for name, value in optimizer.state[p].items()} for p in params]
-    params[3].grad[5, 5] = float("inf")
-    with pytest.raises(RuntimeError, match=r"gradient of params\[3\] of group 0 \[129, 130\] is not finite"):
-        optimizer.step()
-    for p, q, state in zip(params, before, states, strict=True):
-        assert torch.equal(p, q)
-        assert all(torch.equal(optimizer.state[p][name], value) for name, value in state.items())
-
-
-@pytest.mark.parametrize(
-    "layout",
-    [lambda t: t.t().contiguous().t(), lambda t: t[:, ::2], lambda t: torch.cat([t, t])[2:10]],
-    ids=["transposed", "strided", "offset"],
-)
-@pytest.mark.parametrize("precision", [None, "fp8:min_numel=0"])
-def test_parameter_of_any_layout_gets_the_same_update(layout, precision):
-    start = torch.randn(8, 512, generator=torch.Generator().manual_seed(0))
-    results = []
-    for compiled in (True, False):
-        x = nn.Parameter(layout(start.clone()))
-        optimizer = StoSignSGD([x], 0.1, fused=compiled, state_precision=precision)
-        for seed in range(2):
-            x.grad = layout(torch.randn(start.shape, generator=torch.Generator().manual_seed(seed)))
-            optimizer.step()
-        results.append((x, *optimizer.state[x].values()))
-    for one, other in zip(*results, strict=True):
-        assert_equal(one, other)
-
-
 def test_what_native_code_does_not_do_is_done_eagerly(updates):
     dispatch._say_once.cache_clear()
     for options in ({"state_precision": "fp8-block:block_size=4096"}, {"state_precision": "fp4-block"}):
@@ -257,9 +122,9 @@ def test_what_native_code_does_not_do_is_done_eagerly(updates):
 
 
 def test_one_compilation_serves_all_shapes_steps_and_learning_rates():
-    train(fused=True)
+    train(bad=None, fused=True)
     before = native_library.cache_info().misses
-    train(fused=True)
+    train(bad=None, fused=True)
     x = nn.Parameter(torch.ones(77, 256))
     x.grad = torch.ones(77, 256)
     StoSignSGD([x], lr=torch.tensor(0.123), betas=(0.8, 1.0), weight_decay=0.3, fused=True).step()
@@ -268,10 +133,10 @@ def test_one_compilation_serves_all_shapes_steps_and_learning_rates():
 
 def test_by_default_it_is_taken_where_it_is_worth_it(updates, monkeypatch):
     monkeypatch.setattr(cpu, "WORTH", 1 << 40)
-    train(steps=1)
+    train(steps=1, bad=None)
     assert updates == []
-    monkeypatch.setattr(cpu, "WORTH", 60_000)
-    train(steps=1)
+    monkeypatch.setattr(cpu, "WORTH", 40_000)
+    train(steps=1, bad=None)
     assert updates == [("float32", len(SHAPES) - 1)]
 
 
@@ -300,7 +165,7 @@ def test_without_openmp_it_runs_on_one_thread(compiler):
     compiler('for option; do [ "$option" = -fopenmp ] && exit 1; done; exec c++ "$@"')
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert_same_bits(steps=2)
+        assert_same_runs(train(steps=2, bad=None, fused=True), train(steps=2, bad=None, fused=False))
     assert native_library("finite.cpp") is not None
 
 
@@ -308,7 +173,7 @@ def test_without_openmp_it_runs_on_one_thread(compiler):
 def test_without_a_working_compiler_the_step_is_eager_and_warns_once(compiler, script, updates):
     compiler(script)
     with pytest.warns(RuntimeWarning, match="No native code could be compiled") as caught:
-        assert_same_bits(steps=2)
+        assert_same_runs(train(steps=2, bad=None, fused=True), train(steps=2, bad=None, fused=False))
     assert len(caught) == 1
     assert updates == []
 
@@ -318,7 +183,7 @@ def test_eager_steps_compile_nothing(monkeypatch):
         raise AssertionError("looked for native code")
 
     monkeypatch.setattr(cpu, "native_library", look)
-    train(fused=False, steps=1, state_precision=precision_of("fp8"))
+    train(fused=False, steps=1, bad=None, state_precision="fp8:min_numel=0")
     StoSignSGD([nn.Parameter(torch.ones(3))]).step()  # there is no gradient
 
 
