@@ -14,6 +14,7 @@ demo: $(INSTALLED)
 test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(WORKERS)
 	$(MAKE) test-te
+	$(MAKE) test-triton
 
 # Transformer Engine's own Python without a GPU, in a process of its own: it changes torch. See tests/precision/te_cpu.
 test-te: $(INSTALLED)
