@@ -67,10 +67,11 @@ def _answer_for_cuda() -> None:
 
 
 def _answer_for_autocast() -> None:
-    """TE asks for CUDA's autocast; the one around it is the CPU's."""
-    enabled, dtype = torch.is_autocast_enabled, torch.get_autocast_dtype
+    """TE asks for CUDA's autocast, as torchao does; the one around it is the CPU's."""
+    enabled, dtype, gpu_dtype = torch.is_autocast_enabled, torch.get_autocast_dtype, torch.get_autocast_gpu_dtype
     torch.is_autocast_enabled = lambda *device: enabled("cpu") if _asked_by_te() else enabled(*device)
     torch.get_autocast_dtype = lambda device: dtype("cpu") if _asked_by_te() else dtype(device)
+    torch.get_autocast_gpu_dtype = lambda: dtype("cpu") if _asked_by_te() else gpu_dtype()
 
 
 def _asked_by_te() -> bool:
