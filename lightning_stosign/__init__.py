@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from lightning_stosign.module import StoSignConfig, StoSignMixin
     from lightning_stosign.optim import (
         ALIAS,
+        MuonSign,
         OnlineToNonconvex,
         SignConverted,
         SignSGD,
@@ -38,6 +39,7 @@ __all__ = [
     "ALIAS",
     "AtomicCheckpointIO",
     "Float8Precision",
+    "MuonSign",
     "OnlineToNonconvex",
     "OptimizerDashboard",
     "OptimizerStateCallback",
@@ -80,6 +82,7 @@ _lazy = LazyPackage(
         "module": ["StoSignConfig", "StoSignMixin"],
         "optim": [
             "ALIAS",
+            "MuonSign",
             "OnlineToNonconvex",
             "SignConverted",
             "SignSGD",

@@ -21,12 +21,15 @@ from lightning_stosign.optim.resuming import resume_with
 from lightning_stosign.optim.signsgd import SignSGD
 from lightning_stosign.optim.states.state_precision import StatePrecision
 from lightning_stosign.optim.stosign import StoSignSGD
+from lightning_stosign.optim.wrappers.muon_sign import MuonSign
 from lightning_stosign.optim.wrappers.sign_converted import SignConverted
 from lightning_stosign.schedule import ScheduleToTheEnd, lr_factor, warn_if_time_may_cut_it
 
 __all__ = ["StoSignConfig", "StoSignMixin", "lr_factor"]
 
-OptimizerName = Literal["stosign", "signsgd", "adamw", "lion", "muon", "sign-adamw", "sign-adamax", "alias"]
+OptimizerName = Literal[
+    "stosign", "signsgd", "adamw", "lion", "muon", "muon-sign", "sign-adamw", "sign-adamax", "alias"
+]
 Schedule = Literal["cosine", "linear", "constant", "wsd"]
 
 _DEFAULT_BETAS: dict[str, tuple[float, float]] = {
@@ -35,6 +38,7 @@ _DEFAULT_BETAS: dict[str, tuple[float, float]] = {
     "adamw": (0.9, 0.95),
     "lion": (0.9, 0.99),
     "muon": (0.9, 0.95),
+    "muon-sign": (0.9, 1.0),
     "sign-adamw": (0.9, 0.95),
     "sign-adamax": (0.9, 0.999),
     "alias": (0.9, 0.999),
@@ -58,12 +62,13 @@ class StoSignConfig:
     Args:
         optimizer: ``"stosign"`` (:class:`StoSignSGD`), ``"signsgd"`` (:class:`SignSGD`), ``"adamw"`` (torch),
             ``"lion"`` (pytorch_optimizer), ``"muon"`` (torch's Muon for the matrices, AdamW for the rest),
+            ``"muon-sign"`` (:class:`MuonSign`: Muon for the matrices, StoSignSGD in expectation for the rest),
             ``"sign-adamw"``, ``"sign-adamax"`` (:class:`SignConverted` of torch's AdamW and, Algorithm 9, Adamax),
             ``"alias"`` (:class:`ALIAS`, Adam-style: finds its own step size, of which the schedule is a factor).
         lr: peak learning rate, >= 0. Not used by alias.
-        betas: the optimizer's betas. None: ``(0.9, 1.0)`` for stosign, ``(0.9, 0.95)`` for adamw, muon and sign-adamw,
-            ``(0.9, 0.99)`` for lion, ``(0.9, 0.999)`` for sign-adamax and alias; of signsgd's, 0.9, only the first
-            is used.
+        betas: the optimizer's betas. None: ``(0.9, 1.0)`` for stosign and muon-sign, ``(0.9, 0.95)`` for adamw, muon
+            and sign-adamw, ``(0.9, 0.99)`` for lion, ``(0.9, 0.999)`` for sign-adamax and alias; of signsgd's, 0.9,
+            only the first is used.
         weight_decay: decoupled weight decay of the parameters that ``no_decay`` does not exempt, >= 0.
         no_decay: what is exempt: the kinds ``"bias"``, ``"norm"`` and ``"embedding"``, and globs on parameter names.
         warmup_steps: optimizer steps over which lr rises linearly from lr / warmup_steps, >= 0.
@@ -73,10 +78,11 @@ class StoSignConfig:
         wsd_decay_ratio: the length of wsd's decay as a share of all steps, in (0, 1].
         state_precision: how the optimizer states are stored: a :class:`StatePrecision` or its name. Optimizers that
             cannot store them so get :func:`emulate_state_precision`. None: in full precision.
-        stochastic: False gives the in-expectation form of stosign, sign-adamw and sign-adamax.
+        stochastic: False gives the in-expectation form of stosign, sign-adamw, sign-adamax and muon-sign's rest. None:
+            False for muon-sign, True for the others.
         seed: of their noise.
-        param_rounding: how stosign and signsgd round bfloat16 and float16 parameters after their update in float32:
-            ``"stochastic"``, so that a step below half of their spacing is kept on average, or ``"nearest"``.
+        param_rounding: how stosign, signsgd and muon-sign round bfloat16 and float16 parameters after their update in
+            float32: ``"stochastic"``, so that a step below half of their spacing is kept on average, or ``"nearest"``.
         on_nonfinite: what this package's optimizers do about a gradient with inf or NaN: ``"raise"`` or ``"skip"``.
         keep_on_resume: names of options above whose new values are to be kept where a checkpoint has others, e.g.
             ``("lr", "state_precision")``; see :func:`resume_with`. The others are the checkpoint's, with a warning.
@@ -102,7 +108,7 @@ class StoSignConfig:
     min_lr_ratio: float = 0.1
     wsd_decay_ratio: float = 0.2
     state_precision: StatePrecision | str | None = None
-    stochastic: bool = True
+    stochastic: bool | None = None
     seed: int = 0
     param_rounding: Literal["stochastic", "nearest"] = "stochastic"
     on_nonfinite: Literal["raise", "skip"] = "raise"
@@ -153,13 +159,15 @@ class StoSignConfig:
         betas = self.betas if self.betas is not None else _DEFAULT_BETAS[self.optimizer]
         groups = list(params)
         optimizer: Optimizer
-        if self.optimizer == "stosign":
-            return StoSignSGD(
+        stochastic = self.optimizer != "muon-sign" if self.stochastic is None else self.stochastic
+        if self.optimizer in ("stosign", "muon-sign"):
+            kind = StoSignSGD if self.optimizer == "stosign" else MuonSign
+            return kind(
                 groups,
                 lr=self.lr,
                 betas=betas,
                 weight_decay=self.weight_decay,
-                stochastic=self.stochastic,
+                stochastic=stochastic,
                 seed=self.seed,
                 state_precision=self.state_precision,
                 param_rounding=self.param_rounding,
@@ -194,7 +202,7 @@ class StoSignConfig:
                 partial(base, betas=betas),
                 lr=self.lr,
                 weight_decay=self.weight_decay,
-                stochastic=self.stochastic,
+                stochastic=stochastic,
                 seed=self.seed,
                 on_nonfinite=self.on_nonfinite,
             )
@@ -276,7 +284,8 @@ class StoSignMixin:
                 is_embedding[param] = is_embedding.get(param, False) or isinstance(owner, _EMBEDDINGS)
         groups: dict[tuple[bool, bool], dict[str, Any]] = {}
         for number, param in enumerate(wanted):
-            use_muon = config.optimizer == "muon" and param.dim() == 2 and not is_embedding.get(param, False)
+            is_matrix = param.dim() == 2 and not is_embedding.get(param, False)
+            use_muon = config.optimizer in ("muon", "muon-sign") and is_matrix
             decays = decayed.get(param, True)
             part = groups.setdefault(
                 (use_muon, not decays),

@@ -12,6 +12,7 @@ from torch import nn
 from lightning_stosign import (
     ALIAS,
     Float8Precision,
+    MuonSign,
     OnlineToNonconvex,
     OptimizerDashboard,
     OptimizerStateMonitor,
@@ -37,6 +38,7 @@ OPTIMIZERS = {
     "OnlineToNonconvex": partial(OnlineToNonconvex, lr=F32(0.5), radius=F32(0.5), window=I64(3), seed=I64(1)),
     "ALIAS": partial(ALIAS, momentum=F32(0.5), beta2=F64(0.5), d0=F32(0.5), same_batch=B(False), measure_every=I64(3),
                      loss_lower_bound=F32(0), accumulate_grad_batches=U8(1)),
+    "MuonSign": partial(MuonSign, lr=F32(0.5), betas=(F64(0.5), F32(1)), stochastic=B(True), seed=I64(3)),
     "MuonAdamW": partial(MuonAdamW, lr=F32(0.5), betas=(F64(0.5), F32(0.5)), weight_decay=I64(0)),
     "a fraction": partial(SignSGD, lr=Fraction(1, 2)),
 }  # fmt: skip

@@ -34,6 +34,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "SignSGD": {"optimizer": "signsgd"},
     "Lion": {"optimizer": "lion"},
     "Muon": {"optimizer": "muon"},
+    "MuonSign": {"optimizer": "muon-sign"},
     "StoSignSGD": {"optimizer": "stosign"},
     "StoSignSGDv2": {"optimizer": "stosign", "betas": (0.9, 0.99)},
     "IE-StoSignSGD": {"optimizer": "stosign", "stochastic": False},
@@ -47,7 +48,10 @@ METHODS: dict[str, dict[str, Any]] = {
     "StoSignSGD, beta2 = 0.95": {"optimizer": "stosign", "betas": (0.9, 0.95)},
     "StoSignSGD, m_1 = g_1": {"optimizer": "stosign"},
     "StoSignSGD, cosine to 0": {"optimizer": "stosign", "min_lr_ratio": 0.0},
+    "MuonSign, rest at half the rate": {"optimizer": "muon-sign"},
+    "MuonSign, rest at twice the rate": {"optimizer": "muon-sign"},
 }
+REST = {"MuonSign, rest at half the rate": 0.5, "MuonSign, rest at twice the rate": 2.0}
 
 STDLIB = "stdlib"
 
@@ -138,6 +142,24 @@ class FirstMomentum(Callback):
             group["betas"] = (0.0 if trainer.global_step == 0 else 0.9, 1.0)
 
 
+class RateOfTheRest(Callback):
+    """Gives what is not Muon's a learning rate of its own.
+
+    Args:
+        factor: how many times Muon's it is.
+    """
+
+    def __init__(self, factor: float) -> None:
+        self.factor = factor
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.global_step == 0:  # a checkpoint has it
+            for group in trainer.optimizers[0].param_groups:
+                if not group["use_muon"]:
+                    group["lr"] *= self.factor
+                    group["initial_lr"] *= self.factor
+
+
 class Loaders(LightningDataModule):
     """Two loaders as a data module."""
 
@@ -209,6 +231,8 @@ def train(run: Run, folder: Path, compiled: bool) -> Result:
         callbacks.append(ModelCheckpoint(place, save_last=True, save_top_k=0, every_n_train_steps=look))
     if run.method.endswith("m_1 = g_1"):
         callbacks.append(FirstMomentum())
+    if run.method in REST:
+        callbacks.append(RateOfTheRest(REST[run.method]))
     trainer = Trainer(
         max_steps=run.steps,
         gradient_clip_val=1.0,

@@ -16,6 +16,7 @@ METHODS = (
     "SignSGD",
     "Lion",
     "Muon",
+    "MuonSign",
     "IE-StoSignSGD",
     "StoSignSGDv2",
     "SignConverted(AdamW)",
@@ -38,6 +39,7 @@ STARTS = {
     "SignSGD": 1e-3,
     "Lion": 1e-3,
     "Muon": 4e-3,
+    "MuonSign": 3.2e-2,
     "SignConverted(AdamW)": 2e-3,
 }
 START = 2e-3

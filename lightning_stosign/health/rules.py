@@ -13,6 +13,7 @@ from lightning_stosign.health.stored_states import Group, State, read_bitsandbyt
 from lightning_stosign.optim.alias.alias import ALIAS
 from lightning_stosign.optim.signsgd import SignSGD
 from lightning_stosign.optim.stosign import StoSignSGD
+from lightning_stosign.optim.wrappers.muon_sign import MuonSign
 from lightning_stosign.optim.wrappers.sign_converted import SignConverted
 
 # (optimizer, parameter, its group, its state with the values on this rank) -> values of each moment, float32 or wider
@@ -106,11 +107,13 @@ def _sign_converted(optimizer: Optimizer) -> UpdateRule:
     return replace(rule, decoupled_weight_decay=_always, stochastic_sign=_never)
 
 
+_STOSIGN = UpdateRule("exp_avg", ("exp_inf",), _always, lambda group: bool(group["stochastic"]))
+_MOMENTUM = UpdateRule("exp_avg", (), _always)
 _RULES: dict[type[Optimizer] | str, RuleOf] = {
     SignConverted: _sign_converted,
     ALIAS: _alias,
-    StoSignSGD: UpdateRule("exp_avg", ("exp_inf",), _always, lambda group: bool(group["stochastic"])),
-    SignSGD: UpdateRule("exp_avg", (), _always),
+    StoSignSGD: _STOSIGN,
+    SignSGD: _MOMENTUM,
     torch.optim.SGD: UpdateRule("momentum_buffer"),
     torch.optim.AdamW: _ADAM(_always),
     torch.optim.Adam: _ADAM(_if_decoupled),
@@ -171,6 +174,8 @@ def update_rule(optimizer: Optimizer, group: Group, states: Mapping[str, Any]) -
         group: the parameter's group.
         states: the parameter's state, whose names tell what an unknown optimizer does.
     """
+    if isinstance(optimizer, MuonSign):
+        return _MOMENTUM if group["use_muon"] else _STOSIGN
     if "use_muon" in group:  # one optimizer for Muon's matrices and AdamW's vectors, as is usual with Muon
         return _MUON if group["use_muon"] else _ADAM(_always)
     return _registered(optimizer) or _by_convention(states)

@@ -10,6 +10,7 @@ from lightning_stosign.optim.alias.alias import ALIAS
 from lightning_stosign.optim.signatures import BITSANDBYTES, CONVERTED, signature_of
 from lightning_stosign.optim.signsgd import SignSGD
 from lightning_stosign.optim.stosign import StoSignSGD
+from lightning_stosign.optim.wrappers.muon_sign import MuonSign
 from lightning_stosign.optim.wrappers.online_to_nonconvex import OnlineToNonconvex
 
 
@@ -58,6 +59,7 @@ _CLASSES: dict[str, type[Optimizer]] = {
     "StoSignSGD": StoSignSGD,
     "SignSGD": SignSGD,
     "ALIAS": ALIAS,
+    "MuonSign": MuonSign,
     "OnlineToNonconvex": OnlineToNonconvex,
     "Muon and AdamW": Optimizer,
     "Adam or AdamW": torch.optim.Adam,

@@ -8,11 +8,13 @@ from lightning_stosign.optim.signsgd import SignSGD
 from lightning_stosign.optim.states.state_precision import StatePrecision
 from lightning_stosign.optim.states.storage import state_bytes
 from lightning_stosign.optim.stosign import StoSignSGD
+from lightning_stosign.optim.wrappers.muon_sign import MuonSign
 from lightning_stosign.optim.wrappers.online_to_nonconvex import OnlineToNonconvex
 from lightning_stosign.optim.wrappers.sign_converted import SignConverted
 
 __all__ = [
     "ALIAS",
+    "MuonSign",
     "OnlineToNonconvex",
     "SignConverted",
     "SignSGD",

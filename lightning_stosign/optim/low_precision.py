@@ -141,9 +141,15 @@ class LowPrecisionOptimizer(VotedSteps):
             return loss  # the scaler lowers its scale
         elif not self._are_finite(updates, dispatch.nonfinite_on_host(jobs, batches)):
             return loss
-        dispatch.run(jobs, batches, found_inf)
+        self._update(updates, jobs, batches, found_inf)
         self._advance([job.whole for job in jobs], found_inf)
         return loss
+
+    def _update(
+        self, updates: Updates, jobs: Sequence[Job], batches: Sequence[dispatch.Batch], found_inf: Tensor | None
+    ) -> None:
+        """Change parameters and states, unless ``found_inf`` is not 0; a job belongs to each of the updates."""
+        dispatch.run(jobs, batches, found_inf)
 
     def _gives_signs(self, group: dict[str, Any]) -> bool:
         return self._kind(group, FLOAT32, False).gives_signs

@@ -79,7 +79,8 @@ def promote_state(optimizer: Optimizer, param: Tensor) -> StatePrecision:
     Every rank has to call this of a sharded parameter; its states skip fp8-block, whose blocks the shards would cut.
 
     Args:
-        optimizer: :class:`StoSignSGD`, :class:`SignSGD`, or an optimizer under :func:`emulate_state_precision`.
+        optimizer: :class:`StoSignSGD`, :class:`SignSGD`, :class:`MuonSign`, or an optimizer under
+            :func:`emulate_state_precision`.
         param: one of its parameters, after its first step.
 
     Raises:

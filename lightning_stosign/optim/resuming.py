@@ -46,9 +46,10 @@ def resume_with(optimizer: Optimizer, keep: Iterable[str] = (), *, convert: bool
         keep: names of options that keep their new values, e.g. ``("lr", "state_precision")``. A learning rate keeps its
             place in the schedule: the new peak, times the factor that had been reached. States are converted to a new
             ``state_precision``.
-        convert: take another optimizer's averaged gradient (``exp_avg``) as the momentum of :class:`StoSignSGD` or
-            :class:`SignSGD`, with all options as constructed. StoSignSGD's envelope is then the denominator of Adam's
-            update, so that its mean step starts as Adam's. :class:`SignConverted` takes its base's own state.
+        convert: take another optimizer's averaged gradient (``exp_avg``) as the momentum of :class:`StoSignSGD`,
+            :class:`SignSGD` or :class:`MuonSign`, with all options as constructed. StoSignSGD's envelope is then the
+            denominator of Adam's update, so that its mean step starts as Adam's. :class:`SignConverted` takes its
+            base's own state.
 
     Raises:
         ValueError: the optimizer has no option of a name in ``keep``.
@@ -244,7 +245,7 @@ def _plain(value: Any) -> Any:
 def _is_convertible(old: str, new: str) -> bool:
     # ALIAS's averages are of gradients times a factor of its own.
     return new == f"{CONVERTED}{old}" or (
-        new in ("StoSignSGD", "SignSGD") and old not in ("ALIAS", "OnlineToNonconvex")
+        new in ("StoSignSGD", "SignSGD", "MuonSign") and old not in ("ALIAS", "OnlineToNonconvex")
     )
 
 
@@ -253,7 +254,7 @@ def _converted(optimizer: Optimizer, state_dict: StateDict, old: str, new: str) 
     if not _is_convertible(old, new):
         raise ValueError(
             f"convert=True: {old}'s state cannot be converted to {new}'s; possible are averaged gradients to "
-            "StoSignSGD and SignSGD, and a base's state to SignConverted of it"
+            "StoSignSGD, SignSGD and MuonSign, and a base's state to SignConverted of it"
         )
     if new == f"{CONVERTED}{old}":
         return {key: _wrapped(state) for key, state in state_dict["state"].items()}
@@ -277,7 +278,7 @@ def _sign_state(
     if not isinstance(state.get(name), Tensor):
         raise ValueError(f"convert=True: {old}'s state has no averaged gradient exp_avg to start {new} from")
     m = converted["exp_avg"] = _values(state, name, saved)
-    if new == "StoSignSGD":
+    if new == "StoSignSGD" or (new == "MuonSign" and not own["use_muon"]):
         G = m.abs()
         if "exp_inf" in state:
             G = torch.maximum(G, _values(state, "exp_inf", saved))

@@ -44,6 +44,7 @@ def _signature(name: str, options: str, states: str = "", without: str = "", exa
 
 # The first that fits counts.
 _SIGNATURES = [
+    _signature("MuonSign", "use_muon stochastic state_precision"),
     _signature("Muon and AdamW", "use_muon"),
     _signature("OnlineToNonconvex", "radius window"),
     _signature("StoSignSGD", "stochastic seed state_precision", "exp_avg exp_inf"),

@@ -6,7 +6,7 @@ from typing import Any, Literal
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from lightning_stosign.optim.base import check_beta, check_choice, check_pair
+from lightning_stosign.optim.base import check_beta, check_choice, check_pair, check_seed
 from lightning_stosign.optim.kernels.job import Kind, kind_of
 from lightning_stosign.optim.low_precision import LowPrecisionOptimizer
 from lightning_stosign.optim.states.state_precision import StatePrecision
@@ -106,37 +106,44 @@ class StoSignSGD(LowPrecisionOptimizer):
         }
         super().__init__(params, defaults)
         for group in self.param_groups:
-            _warn_if_envelope_cannot_decay(group)
+            warn_if_envelope_cannot_decay(group)
 
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
-        betas = group["betas"]
-        check_pair("betas", betas)
-        check_beta("betas[0]", betas[0])
-        check_beta("betas[1]", betas[1], one=True)
-        check_choice("stochastic", group["stochastic"], (True, False))
-        if isinstance(group["seed"], bool) or not isinstance(group["seed"], int):
-            raise TypeError(f"seed={group['seed']!r} must be an int")
-        if not 0 <= group["seed"] < 1 << 64:
-            raise ValueError(f"seed={group['seed']} must be in [0, 2**64)")
+        check_options(group)
 
     def _kind(self, group: dict[str, Any], precision: StatePrecision, round_param: bool) -> Kind:
-        return kind_of(
-            momentum=True,
-            envelope=True,
-            stochastic=group["stochastic"],
-            maximize=group["maximize"],
-            decays=group["betas"][1] < 1,
-            precision=precision,
-            round_param=round_param,
-        )
+        return stosign_kind(group, precision, round_param)
 
     def _rates(self, group: dict[str, Any]) -> tuple[float, float]:
         beta1, beta2 = group["betas"]
         return 1 - beta1, beta2
 
 
-def _warn_if_envelope_cannot_decay(group: dict[str, Any]) -> None:
+def check_options(group: dict[str, Any]) -> None:
+    """Raise ValueError or TypeError for an option of StoSignSGD's own that is out of range."""
+    betas = group["betas"]
+    check_pair("betas", betas)
+    check_beta("betas[0]", betas[0])
+    check_beta("betas[1]", betas[1], one=True)
+    check_choice("stochastic", group["stochastic"], (True, False))
+    check_seed(group["seed"])
+
+
+def stosign_kind(group: dict[str, Any], precision: StatePrecision, round_param: bool) -> Kind:
+    """Return what a step of StoSignSGD does to the parameters of a group whose states are stored so."""
+    return kind_of(
+        momentum=True,
+        envelope=True,
+        stochastic=group["stochastic"],
+        maximize=group["maximize"],
+        decays=group["betas"][1] < 1,
+        precision=precision,
+        round_param=round_param,
+    )
+
+
+def warn_if_envelope_cannot_decay(group: dict[str, Any]) -> None:
     """Warn where rounding up undoes each step's decay of the stored envelope."""
     beta2, precision = group["betas"][1], group["state_precision"]
     if precision is not None and StatePrecision.parse(precision).is_fp4 and _SLOWEST_IN_FOUR_BITS < beta2 < 1:

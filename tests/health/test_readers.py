@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch_optimizers import FACTORIES, OURS, stepped
 
-from lightning_stosign import ALIAS, SignConverted, SignSGD, StoSignSGD
+from lightning_stosign import ALIAS, MuonSign, SignConverted, SignSGD, StoSignSGD
 from lightning_stosign.health import UpdateRule, read_moments, register_update_rule, rules
 from lightning_stosign.optim.wrappers.muon_adamw import MuonAdamW
 
@@ -29,6 +29,7 @@ EXPECTED = {
     "SparseAdam": ({"exp_avg", "exp_avg_sq"}, "exp_avg", "exp_avg_sq", {"exp_avg_sq"}),
     "StoSignSGD": ({"exp_avg", "exp_inf"}, "exp_avg", "exp_inf", {"exp_inf"}),
     "SignSGD": ({"exp_avg"}, "exp_avg", None, {"exp_avg"}),
+    "MuonSign": ({"exp_avg"}, "exp_avg", None, {"exp_avg"}),
     "MuonAdamW": ({"momentum_buffer"}, "momentum_buffer", None, {"momentum_buffer"}),
 }
 BUILDERS = {**FACTORIES, **OURS}
@@ -371,16 +372,20 @@ def test_alias_decays_by_the_step_size_it_found(beta2, denominator):
     assert float(moments.decoupled_weight_decay) == pytest.approx(0.3 * float(optimizer.param_groups[0]["step_size"]))
 
 
-def test_a_group_s_use_muon_chooses_its_rule():
+@pytest.mark.parametrize(
+    ("cls", "expected"),
+    [(MuonAdamW, [{"momentum_buffer"}, {"exp_avg_sq"}]), (MuonSign, [{"exp_avg"}, {"exp_inf"}])],
+)
+def test_a_group_s_use_muon_chooses_its_rule(cls, expected):
     matrix, vector = nn.Parameter(torch.ones(2, 2)), nn.Parameter(torch.ones(2))
-    optimizer = MuonAdamW([{"params": [matrix], "use_muon": True}, {"params": [vector]}])
+    optimizer = cls([{"params": [matrix], "use_muon": True}, {"params": [vector]}])
     matrix.sum().add(vector.sum()).backward()
     optimizer.step()
     decisive = [
         read_moments(optimizer, param, group).decisive_names
         for param, group in zip((matrix, vector), optimizer.param_groups, strict=True)
     ]
-    assert decisive == [{"momentum_buffer"}, {"exp_avg_sq"}]
+    assert decisive == expected
 
 
 def test_a_sparse_gradient_is_no_numerator():

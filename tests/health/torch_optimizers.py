@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from lightning_stosign import SignSGD, StoSignSGD
+from lightning_stosign import MuonSign, SignSGD, StoSignSGD
 from lightning_stosign.optim.wrappers.muon_adamw import MuonAdamW
 
 FACTORIES = {
@@ -26,6 +26,7 @@ FACTORIES = {
 OURS = {
     "StoSignSGD": lambda params: StoSignSGD(params),
     "SignSGD": lambda params: SignSGD(params),
+    "MuonSign": lambda params: MuonSign([{"params": params, "use_muon": True}]),
     "MuonAdamW": lambda params: MuonAdamW([{"params": params, "use_muon": True}]),
 }
 

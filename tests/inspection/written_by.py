@@ -14,7 +14,7 @@ from torchao.optim.subclass_4bit import OptimState4bit
 from torchao.optim.subclass_8bit import OptimState8bit
 from torchao.optim.subclass_fp8 import OptimStateFp8
 
-from lightning_stosign import SignSGD, StoSignSGD
+from lightning_stosign import MuonSign, SignSGD, StoSignSGD
 from lightning_stosign.optim.wrappers.muon_adamw import MuonAdamW
 
 QUIET = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False, "enable_checkpointing": False}
@@ -116,6 +116,13 @@ OPTIMIZERS = {
         True,
     ),
     "SignSGD": (lambda net: SignSGD(net.parameters()), "SignSGD", True),
+    "MuonSign, fp8": (
+        lambda net: MuonSign(
+            [{"params": [p], "use_muon": p.dim() == 2} for p in net.parameters()], state_precision="fp8:min_numel=0"
+        ),
+        "MuonSign",
+        True,
+    ),
     "Muon and AdamW": (
         lambda net: MuonAdamW(
             [
@@ -360,7 +367,7 @@ WITHOUT = {
     "Hugging Face Trainer": set(),
     "accelerate": _OUTER,
     "safetensors of states": _OUTER
-    | {name for name in OPTIMIZERS if name.startswith(("torchao", "StoSignSGD", "an unknown"))},
+    | {name for name in OPTIMIZERS if name.startswith(("torchao", "StoSignSGD", "MuonSign", "an unknown"))},
     "DCP": _OUTER | _QUANTISED,
     "DCP, flattened (torchtitan)": _OUTER | _QUANTISED,
     "torch before 1.6": {name for name in OPTIMIZERS if name.startswith("torchao")},

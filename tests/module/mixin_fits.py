@@ -7,7 +7,7 @@ from torch.utils.data import DataLoader
 
 from lightning_stosign import StoSignConfig, StoSignMixin
 
-NAMES = ["stosign", "signsgd", "adamw", "lion", "muon", "sign-adamw", "sign-adamax", "alias"]
+NAMES = ["stosign", "signsgd", "adamw", "lion", "muon", "muon-sign", "sign-adamw", "sign-adamax", "alias"]
 
 
 class Model(StoSignMixin, pl.LightningModule):

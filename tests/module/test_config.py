@@ -8,7 +8,7 @@ import torch
 from module.mixin_fits import NAMES, Model, fit, trainer
 from torch import nn
 
-from lightning_stosign import SignConverted, SignSGD, StatePrecision, StoSignConfig, StoSignMixin, StoSignSGD
+from lightning_stosign import MuonSign, SignConverted, SignSGD, StatePrecision, StoSignConfig, StoSignMixin, StoSignSGD
 from lightning_stosign.optim.wrappers.muon_adamw import MuonAdamW
 
 
@@ -69,6 +69,7 @@ def test_a_state_precision_becomes_its_name():
         ("adamw", {"lr": 0.02, "betas": (0.9, 0.95)}),
         ("lion", {"lr": 0.02, "betas": (0.9, 0.99), "weight_decouple": True}),
         ("muon", {"lr": 0.02, "betas": (0.9, 0.95)}),
+        ("muon-sign", {"lr": 0.02, "betas": (0.9, 1.0), "stochastic": False, "seed": 7, "on_nonfinite": "skip"}),
         ("sign-adamw", {"lr": 0.02, "betas": (0.9, 0.95), "stochastic": False, "seed": 7}),
         ("sign-adamax", {"lr": 0.02, "betas": (0.9, 0.999), "stochastic": False, "seed": 7}),
         ("alias", {"lr": 1.0, "momentum": 0.9, "beta2": 0.999, "on_nonfinite": "skip"}),
@@ -90,6 +91,13 @@ def test_sign_optimizers_are_what_their_names_say(name, denominator):
     assert isinstance(optimizer, SignConverted) and denominator in optimizer.state[x]
 
 
+@pytest.mark.parametrize(("name", "stochastic"), [("stosign", True), ("sign-adamw", True), ("muon-sign", False)])
+def test_noise_is_each_optimizer_s_own_choice_unless_said(name, stochastic):
+    for said, expected in ((None, stochastic), (True, True), (False, False)):
+        built = StoSignConfig(name, stochastic=said).build_optimizer([{"params": [nn.Parameter(torch.ones(2))]}])
+        assert built.param_groups[0]["stochastic"] is expected
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_betas_reach_the_optimizer(name):
     config = StoSignConfig(name, betas=(0.8, 0.85))
@@ -99,7 +107,7 @@ def test_betas_reach_the_optimizer(name):
     assert {option: group[option] for option in expected} == expected
 
 
-@pytest.mark.parametrize("name", ["stosign", "signsgd"])
+@pytest.mark.parametrize("name", ["stosign", "signsgd", "muon-sign"])
 def test_state_precision_stores_the_states_of_this_package_s_optimizers(name):
     model, run = fit(StoSignConfig(name, state_precision="fp8:min_numel=0", schedule="constant"), max_steps=1)
     assert run.optimizers[0].state[model.head.weight]["exp_avg"].dtype == torch.float8_e4m3fn
@@ -114,7 +122,14 @@ def test_state_precision_is_emulated_for_the_others(name, state):
 
 
 @pytest.mark.parametrize(
-    ("name", "cls"), [("stosign", StoSignSGD), ("signsgd", SignSGD), ("adamw", torch.optim.AdamW), ("muon", MuonAdamW)]
+    ("name", "cls"),
+    [
+        ("stosign", StoSignSGD),
+        ("signsgd", SignSGD),
+        ("adamw", torch.optim.AdamW),
+        ("muon", MuonAdamW),
+        ("muon-sign", MuonSign),
+    ],
 )
 def test_each_name_is_its_optimizer(name, cls):
     assert type(fit(StoSignConfig(name), max_steps=1)[1].optimizers[0]) is cls

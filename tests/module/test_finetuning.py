@@ -44,7 +44,7 @@ def test_a_thawed_backbone_is_trained_named_and_decayed_by_the_rule(name):
     decay = {n: g["weight_decay"] for g in run.optimizers[0].param_groups for n in g["param_names"]}
     assert decay == {n: 0.5 if n.endswith("weight") and "backbone.1" not in n else 0.0 for n in decay}
     assert set(decay) == {n for n, _ in model.named_parameters()}
-    if name == "muon":
+    if name in ("muon", "muon-sign"):
         matrices = {n for g in run.optimizers[0].param_groups if g["use_muon"] for n in g["param_names"]}
         assert matrices == {"head.weight", "backbone.0.weight", "backbone.3.weight"}
     assert not any(torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))

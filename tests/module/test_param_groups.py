@@ -110,8 +110,9 @@ def test_decays_can_be_overridden():
     assert by_decay(OwnRule())[0.5] == {"conv.weight", "conv.bias"}
 
 
-def test_muon_gets_the_matrices_without_the_embeddings():
-    muon = {n for g in Zoo(optimizer="muon").param_groups() if g.get("use_muon") for n in g["param_names"]}
+@pytest.mark.parametrize("name", ["muon", "muon-sign"])
+def test_muon_gets_the_matrices_without_the_embeddings(name):
+    muon = {n for g in Zoo(optimizer=name).param_groups() if g.get("use_muon") for n in g["param_names"]}
     assert muon == MATRICES - {"conv.weight"}
 
 

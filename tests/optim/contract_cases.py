@@ -13,7 +13,7 @@ from torch.testing._internal.common_optimizers import (
     get_error_inputs_for_all_optims,
 )
 
-from lightning_stosign import ALIAS, OnlineToNonconvex, SignConverted, SignSGD, StoSignSGD
+from lightning_stosign import ALIAS, MuonSign, OnlineToNonconvex, SignConverted, SignSGD, StoSignSGD
 
 COMMON = [
     {},
@@ -83,6 +83,29 @@ def _cases(infos):
 # Its step is not the learning rate's size, which the tests of each_info are about.
 ONLINE_TO_NONCONVEX = info(OnlineToNonconvex, [*COMMON[:4], {"radius": 0.5, "window": 3}], [])
 
+
+class MuonSignByShape(MuonSign):
+    """Muon for the matrices of any group, so that it can be constructed as the others are."""
+
+    @staticmethod
+    def group_rule(group):
+        params = [group["params"]] if isinstance(group["params"], torch.Tensor) else list(group["params"])
+        matrix = [(p[1] if isinstance(p, tuple) else p).dim() == 2 for p in params]
+        parts = {use: [p for p, m in zip(params, matrix, strict=True) if m is use] for use in (True, False)}
+        return [{**group, "params": part, "use_muon": use} for use, part in parts.items() if part]
+
+
+MUON_SIGN = info(
+    MuonSignByShape,
+    [
+        {"lr": torch.tensor(0.001)},
+        {"state_precision": "fp8:min_numel=0", "maximize": True},
+        {"state_precision": "fp4-block:stochastic_rounding=true,min_numel=0", "stochastic": True},
+    ],
+    [],
+    fused=True,
+)
+
 # It has no lr, and without a closure it compares each gradient with the last one.
 _WITHOUT_CLOSURE = {"same_batch": False, "d0": 0.1}
 FULL_GRADIENT_ALIAS = info(
@@ -92,7 +115,9 @@ FULL_GRADIENT_ALIAS = info(
 )
 
 # Every option of every optimizer, as a function of the parameters; with fused=True too, where there is that.
-each_case = pytest.mark.parametrize("build", list(_cases([*INFOS, ONLINE_TO_NONCONVEX, FULL_GRADIENT_ALIAS])))
+each_case = pytest.mark.parametrize(
+    "build", list(_cases([*INFOS, MUON_SIGN, ONLINE_TO_NONCONVEX, FULL_GRADIENT_ALIAS]))
+)
 
 
 def net(dtype=torch.float32):

@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from lightning_stosign import SignSGD, StoSignSGD, emulate_state_precision, promote_state
+from lightning_stosign import MuonSign, SignSGD, StoSignSGD, emulate_state_precision, promote_state
 from lightning_stosign.optim.promotion import state_precision_of
 
 PROMOTIONS = (1, 0, 2, 1)  # of each parameter
@@ -30,7 +30,13 @@ def emulated_adamw(params):
     return optimizer
 
 
+def muon_sign(params):
+    groups = [{"params": [param], "use_muon": param.dim() == 2} for param in params]
+    return MuonSign(groups, 0.01, state_precision="fp8-raw:static_scale=64,min_numel=0")
+
+
 MAKES = {
+    "MuonSign": muon_sign,
     "StoSignSGD": partial(StoSignSGD, lr=0.01, state_precision="fp8-raw:static_scale=64,min_numel=0"),
     "SignSGD": partial(SignSGD, lr=0.01, state_precision="fp8:stochastic_rounding=true,min_numel=0"),
     "emulated AdamW": emulated_adamw,

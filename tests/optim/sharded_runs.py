@@ -18,12 +18,17 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-from lightning_stosign.optim import SignSGD, StoSignSGD
+from lightning_stosign.optim import MuonSign, SignSGD, StoSignSGD
 
 WORLD = 4
 
 # Uneven over 2 and 4, with an empty shard (5 rows over 4) or three (1 row), rows of a kernel's 256 values and not.
 SHAPES = [(5, 512), (1, 3), (7,), (8, 96), (6, 4, 10)]
+
+
+def muon_sign(params, **options):
+    return MuonSign([{"params": [param], "use_muon": param.dim() == 2} for param in params], **options)
+
 
 OPTIMIZERS = {
     "float32": partial(StoSignSGD, weight_decay=0.1),
@@ -33,6 +38,7 @@ OPTIMIZERS = {
     "fp8 for large parameters": partial(StoSignSGD, state_precision="fp8:min_numel=2000"),  # of the whole, not a shard
     "fp8, stochastic": partial(StoSignSGD, state_precision="fp8:stochastic_rounding=true,min_numel=0"),
     "SignSGD": partial(SignSGD, weight_decay=0.1),
+    "MuonSign, fp8": partial(muon_sign, state_precision="fp8:stochastic_rounding=true,min_numel=0", weight_decay=0.1),
     "SignSGD, fp8": partial(SignSGD, state_precision="fp8:min_numel=0"),
 }
 

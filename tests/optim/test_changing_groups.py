@@ -7,7 +7,7 @@ import pytest
 import torch
 from optim.contract_cases import assert_same_params, backward, net
 
-from lightning_stosign import ALIAS, OnlineToNonconvex, SignConverted, SignSGD, StoSignSGD
+from lightning_stosign import ALIAS, MuonSign, OnlineToNonconvex, SignConverted, SignSGD, StoSignSGD
 from lightning_stosign.optim.wrappers.muon_adamw import MuonAdamW
 
 
@@ -23,6 +23,7 @@ MAKES = {
     "SignConverted of Adagrad": partial(SignConverted, base=torch.optim.Adagrad, lr=0.01),
     "OnlineToNonconvex": partial(OnlineToNonconvex, lr=0.01, window=5),
     "MuonAdamW": partial(muon, lr=0.01),
+    "MuonSign": partial(MuonSign, lr=0.01, state_precision="fp8:min_numel=0"),
     "ALIAS": partial(ALIAS, momentum=0.9, beta2=0.99),
 }
 

@@ -10,6 +10,9 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, se
 
 MAKES = {
     **MAKES,
+    "MuonSign's matrices": lambda params: MAKES["MuonSign"](
+        [{"params": [p], "use_muon": p.dim() == 2} for p in params]
+    ),
     "Muon's matrices": lambda params: MAKES["MuonAdamW"]([{"params": [p], "use_muon": p.dim() == 2} for p in params]),
 }
 

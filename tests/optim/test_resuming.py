@@ -12,9 +12,9 @@ from torch import nn
 from lightning_stosign import SignConverted, SignSGD, StatePrecision, StoSignConfig, StoSignSGD, resume_with
 from lightning_stosign.optim.states.storage import read_state
 
-NAMES = ["stosign", "signsgd", "adamw", "lion", "muon", "sign-adamw", "sign-adamax", "alias"]
+NAMES = ["stosign", "signsgd", "adamw", "lion", "muon", "muon-sign", "sign-adamw", "sign-adamax", "alias"]
 SHOWN = {"muon": "Muon", "sign-adamw": "SignConverted AdamW", "sign-adamax": "SignConverted Adamax", "lion": "Lion"}
-SHOWN |= {"stosign": "StoSignSGD", "signsgd": "SignSGD", "adamw": "AdamW", "alias": "ALIAS"}
+SHOWN |= {"stosign": "StoSignSGD", "signsgd": "SignSGD", "adamw": "AdamW", "alias": "ALIAS", "muon-sign": "MuonSign"}
 
 
 def built(name, model, precision=None, **options):
@@ -178,8 +178,8 @@ def test_adamw_s_averages_become_a_mean_step_that_is_adamw_s():
     train(model, optimizer, range(5, 8))
 
 
-@pytest.mark.parametrize("old", ["adamw", "lion", "muon", "signsgd", "sign-adamax", "stosign"])
-@pytest.mark.parametrize("new", ["stosign", "signsgd"])
+@pytest.mark.parametrize("old", ["adamw", "lion", "muon", "muon-sign", "signsgd", "sign-adamax", "stosign"])
+@pytest.mark.parametrize("new", ["stosign", "signsgd", "muon-sign"])
 @pytest.mark.parametrize("precision", [None, "fp8:min_numel=0"])
 def test_averaged_gradients_are_converted_if_asked(old, new, precision):
     if old == new:

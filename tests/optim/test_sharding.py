@@ -117,5 +117,5 @@ def test_a_part_across_the_key_s_boundary_draws_the_noise_of_its_elements(starts
         (job,) = StoSignSGD([param], seed=5, param_rounding="nearest")._jobs([(0, param, {**options(), "seed": 5})])
     for stream, uniform in ((Stream.UPDATE, uniform_noise), (Stream.ROUND_STATE, uniform_fraction)):
         job.keys = {stream: 3}
-        drawn = eager._draw(job, 0, param, stream)
+        drawn = eager.draw_noise(job, 0, param, stream)
         assert torch.equal(drawn, torch.cat([uniform(3, run, start=start) for start in starts]))

@@ -175,9 +175,13 @@ def _update(job: Job, piece: Sequence[Any], first: int, row: int, new_scales: Te
     x, g, *states = piece
     kind, compute_dtype = job.kind, torch.promote_types(x.dtype, torch.float32)
     m, G = _codecs(job, states, x, row, new_scales)
-    draw = partial(_draw, job, first, x)
-    value = step(x.to(compute_dtype), g.to(compute_dtype), m, G, kind, job.numbers, draw)
-    if value.dtype == x.dtype:
+    draw = partial(draw_noise, job, first, x)
+    put(x, step(x.to(compute_dtype), g.to(compute_dtype), m, G, kind, job.numbers, draw), kind, draw)
+
+
+def put(x: Tensor, value: Tensor, kind: Kind, draw: Callable[[Stream], Tensor]) -> None:
+    """Store a parameter's new values, as computed, in ``x``; ``draw`` as in :func:`step`."""
+    if value is x:
         return
     if kind.round_param:
         # A step of lr is often below half the spacing of the parameter's numbers, and would be lost each time.
@@ -185,8 +189,8 @@ def _update(job: Job, piece: Sequence[Any], first: int, row: int, new_scales: Te
     x.copy_(round_to_nearest(value, x.dtype))
 
 
-def _draw(job: Job, first: int, like: Tensor, stream: Stream) -> Tensor:
-    """Return a stream's noise for a piece."""
+def draw_noise(job: Job, first: int, like: Tensor, stream: Stream) -> Tensor:
+    """Return a stream's noise for the values of a parameter from a position in this process's part on."""
     key, numel, device = job.keys[stream], like.numel(), like.device
     if job.start is not None:
         uniform = uniform_noise if stream is Stream.UPDATE else uniform_fraction
