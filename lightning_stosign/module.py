@@ -11,12 +11,15 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_stosign._gradient_release import refuse_unless_releasable
 from lightning_stosign._lightning_names import is_a
 from lightning_stosign._plain import make_fields_plain
 from lightning_stosign._training_follower import follow_training
 from lightning_stosign.optim.alias.alias import ALIAS
 from lightning_stosign.optim.base import check_choice, check_number
 from lightning_stosign.optim.emulation import emulate_state_precision
+from lightning_stosign.optim.gradient_release import GradientRelease
+from lightning_stosign.optim.low_precision import LowPrecisionOptimizer
 from lightning_stosign.optim.resuming import resume_with
 from lightning_stosign.optim.signsgd import SignSGD
 from lightning_stosign.optim.states.state_precision import StatePrecision
@@ -43,6 +46,9 @@ _DEFAULT_BETAS: dict[str, tuple[float, float]] = {
     "sign-adamax": (0.9, 0.999),
     "alias": (0.9, 0.999),
 }
+
+# Each parameter is updated by its own gradient and states alone.
+_RELEASING = ("stosign", "signsgd", "muon-sign")
 
 # What the fields that keep_on_resume may name are called in optimizers' param groups.
 _OPTIONS_OF_FIELDS = {
@@ -84,6 +90,11 @@ class StoSignConfig:
         param_rounding: how stosign, signsgd and muon-sign round bfloat16 and float16 parameters after their update in
             float32: ``"stochastic"``, so that a step below half of their spacing is kept on average, or ``"nearest"``.
         on_nonfinite: what this package's optimizers do about a gradient with inf or NaN: ``"raise"`` or ``"skip"``.
+        release_gradients: update each parameter during backward, as soon as its gradient is complete, and free the
+            gradient: that saves the memory of all gradients but one, and the weights have the same bits. For stosign,
+            signsgd and muon-sign, on one device, without accumulation, clipping or a GradScaler. A gradient with inf or
+            NaN is found only after other parameters have been updated, so ``on_nonfinite`` must be ``"raise"``. What
+            looks at gradients after backward (loggers, monitors) finds none.
         keep_on_resume: names of options above whose new values are to be kept where a checkpoint has others, e.g.
             ``("lr", "state_precision")``; see :func:`resume_with`. The others are the checkpoint's, with a warning.
         convert_on_resume: convert the state of another optimizer, such as AdamW's, where possible, instead of refusing
@@ -112,6 +123,7 @@ class StoSignConfig:
     seed: int = 0
     param_rounding: Literal["stochastic", "nearest"] = "stochastic"
     on_nonfinite: Literal["raise", "skip"] = "raise"
+    release_gradients: bool = False
     keep_on_resume: tuple[str, ...] = ()
     convert_on_resume: bool = False
 
@@ -139,6 +151,17 @@ class StoSignConfig:
         for option in self.keep_on_resume:
             check_choice("keep_on_resume", option, tuple(_OPTIONS_OF_FIELDS))
         check_choice("convert_on_resume", self.convert_on_resume, (True, False))
+        check_choice("release_gradients", self.release_gradients, (True, False))
+        if self.release_gradients and self.optimizer not in _RELEASING:
+            raise ValueError(
+                f"release_gradients=True does not go with optimizer={self.optimizer!r}; accepted: "
+                f"{', '.join(map(repr, _RELEASING))}"
+            )
+        if self.release_gradients and self.on_nonfinite == "skip":
+            raise ValueError(
+                "release_gradients=True does not go with on_nonfinite='skip': other parameters have been updated when "
+                "the gradient of one is not finite; accepted: 'raise'"
+            )
         if self.betas is not None:
             if not isinstance(self.betas, (tuple, list)) or len(self.betas) != 2:
                 raise TypeError(f"betas={self.betas!r} must be a pair of numbers or None")
@@ -312,6 +335,12 @@ class StoSignMixin:
         module = self._as_module()
         optimizer = config.resumed(config.build_optimizer(self.param_groups()))
         follow_training(optimizer, module, self._group_rule)
+        if config.release_gradients:
+            assert isinstance(optimizer, LowPrecisionOptimizer)
+            refuse_unless_releasable(module.trainer, module)
+            # Callbacks change what a Trainer does, too.
+            optimizer.register_step_pre_hook(lambda *_: refuse_unless_releasable(module.trainer, module))
+            GradientRelease(optimizer)
         if config.schedule == "constant" and config.warmup_steps == 0:
             return {"optimizer": optimizer}
         warn_if_time_may_cut_it(config, module.trainer)

@@ -97,11 +97,16 @@ class StrictOptimizer(FollowingOptimizer, ABC):
                         "model, then create the optimizer (or move the very same parameters, by "
                         "torch.utils.swap_tensors)"
                     )
-                if param.grad is None or param.numel() == 0:
-                    continue
-                if param.grad.is_sparse:
-                    raise RuntimeError(f"{type(self).__name__} does not support sparse gradients ({self._name(param)})")
-                yield index, param, group
+                if self._has_update(param):
+                    yield index, param, group
+
+    def _has_update(self, param: Tensor) -> bool:
+        """Return whether a parameter has a gradient and values; raise where the gradient is sparse."""
+        if param.grad is None or param.numel() == 0:
+            return False
+        if param.grad.is_sparse:
+            raise RuntimeError(f"{type(self).__name__} does not support sparse gradients ({self._name(param)})")
+        return True
 
     def _gradients_are_finite(self, updates: Updates) -> bool:
         """Return whether to take the step; raise or warn where a gradient is not finite.
@@ -120,11 +125,13 @@ class StrictOptimizer(FollowingOptimizer, ABC):
             self._report_nonfinite([self._name(param) for param, _ in offending], [group for _, group in offending])
         return not offending
 
+    _when_refused = "nothing was updated. To skip such steps, pass on_nonfinite='skip'."
+
     def _report_nonfinite(self, names: list[str], groups: list[dict[str, Any]]) -> None:
         """Raise or warn about a step that was not taken, as the groups of the parameters named ask for."""
         message = f"{type(self).__name__}: the gradient of {', '.join(names)} is not finite"
         if any(group["on_nonfinite"] == "raise" for group in groups):
-            raise RuntimeError(f"{message}; nothing was updated. To skip such steps, pass on_nonfinite='skip'.")
+            raise RuntimeError(f"{message}; {self._when_refused}")
         warn_user(f"{message}; this step was skipped (on_nonfinite='skip').", RuntimeWarning)
 
     def _name(self, wanted: Tensor) -> str:

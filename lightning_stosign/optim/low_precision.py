@@ -115,18 +115,30 @@ class LowPrecisionOptimizer(VotedSteps):
     @torch.compiler.disable
     @torch.no_grad()
     def _step(self, closure: Callable[[], Any] | None) -> Any:
-        loss = loss_of(closure)
-        if self._ballot is not None:
-            self._step_by_vote(self._ballot)
-            return loss
-        self._settle()
-        updates = list(self._params_with_grad())
+        if self.around_closure is not None and closure is not None:
+            self._settle()
+            loss = loss_of(self.around_closure(closure))
+        else:
+            loss = loss_of(closure)
+            if self._ballot is not None:
+                self._step_by_vote(self._ballot)
+                return loss
+            self._settle()
+        self._take(list(self._params_with_grad()))
+        return loss
+
+    def take_step(self, index: int, param: Tensor, group: dict[str, Any]) -> None:
+        """Take the present step for one parameter, at a position in the optimizer, whose gradient is complete."""
+        if self._has_update(param):
+            self._take([(index, param, group)])
+
+    def _take(self, updates: Updates) -> None:
         grad_scale, of_scaler = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         if grad_scale is not None:
             _unscale(updates, grad_scale)
         jobs = self._jobs(updates)
         if not jobs:
-            return loss
+            return
         batches = dispatch.choose(jobs)
         dispatch.look(batches)
         if of_scaler is not None:
@@ -136,14 +148,13 @@ class LowPrecisionOptimizer(VotedSteps):
             nonfinite = dispatch.nonfinite_on_device(jobs, batches)
             max_over_shards((job.whole, flag) for job, flag in zip(jobs, nonfinite.unbind(), strict=True))
             check = DeferredCheck(nonfinite, of_scaler)
-            self._unsettled, found_inf = (check, updates), check.found_inf
+            self._unsettled, found_inf = (*self._unsettled, (check, updates)), check.found_inf
         elif of_scaler is not None and bool(of_scaler != 0):
-            return loss  # the scaler lowers its scale
+            return  # the scaler lowers its scale
         elif not self._are_finite(updates, dispatch.nonfinite_on_host(jobs, batches)):
-            return loss
+            return
         self._update(updates, jobs, batches, found_inf)
         self._advance([job.whole for job in jobs], found_inf)
-        return loss
 
     def _update(
         self, updates: Updates, jobs: Sequence[Job], batches: Sequence[dispatch.Batch], found_inf: Tensor | None
@@ -203,23 +214,26 @@ class LowPrecisionOptimizer(VotedSteps):
             "them to the next wider storage"
         )
 
+    # What steps parameters while the closure runs: GradientRelease.
+    around_closure: Callable[[Callable[[], Any]], Callable[[], Any]] | None = None
+
     # Where the last step's gradients are still to be reported, and counts of steps that need not be read from a device:
     # param -> (the count, its version, its value).
-    _unsettled: tuple[DeferredCheck, Updates] | None = None
+    _unsettled: tuple[tuple[DeferredCheck, Updates], ...] = ()
     _counts: dict[Tensor, tuple[Tensor, int, int]]
     _stored_in: dict[Tensor, Any]
 
     def _settle(self) -> None:
         """Raise or warn about the last step's gradients, if the host did not wait for the answer then."""
-        if self._unsettled is None:
-            return
-        (check, updates), self._unsettled = self._unsettled, None
-        taken, flags = check.answer()
-        if not taken:
-            for _, param, _ in updates:
-                step, version, count = self._counts[param]
-                self._counts[param] = step, version, count - 1
-        offending = [update for update, flag in zip(updates, flags, strict=True) if flag]
+        unsettled, self._unsettled = self._unsettled, ()
+        offending = []
+        for check, updates in unsettled:
+            taken, flags = check.answer()
+            if not taken:
+                for _, param, _ in updates:
+                    step, version, count = self._counts[param]
+                    self._counts[param] = step, version, count - 1
+            offending += [update for update, flag in zip(updates, flags, strict=True) if flag]
         if offending:
             self._report_nonfinite([self._name(param) for _, param, _ in offending], [g for _, _, g in offending])
 
