@@ -148,7 +148,10 @@ def demo(steps: int = 150, lr: float = 1e-3, static_scale: float = 1024.0, out: 
     for r in results:
         if r["report"]:
             print(f"\nWhy, as StateCollapseGuard says: {r['report']}")
-    print(f"\nFigure: {folder / 'demo.png'}    Watch it step by step: .venv/bin/tensorboard --logdir {folder}")
+    print(f"\nFigure: {folder / 'demo.png'}")
+    print(
+        f"Watch it step by step: .venv/bin/tensorboard --logdir {folder}    then http://localhost:6006/#custom_scalars"
+    )
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@
         --ckpt_path runs/gpt-1m/version_0/checkpoints/last.ckpt
 
 The last line resumes an interrupted run; it ends with the weights of an uninterrupted one, bit for bit.
-`tensorboard --logdir runs` shows the loss and the health of the optimizer states.
+`tensorboard --logdir runs` shows the loss and the health of the optimizer states at http://localhost:6006/#custom_scalars
 """
 
 from gpt import GPTModule

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_stosign._plain import plain
+from lightning_stosign._tags import PREFIX, full_tags, warn_of_old_tags
 from lightning_stosign.health.forecast import check_format
 from lightning_stosign.health.readers import read_moments
 from lightning_stosign.health.snapshot import Snapshot, parameters_of
@@ -32,7 +33,9 @@ class OptimizerStateLogger:
             optimizer knows, else the parameter's number.
         per_layer: also record each parameter.
         forecast: formats for ``underflow_fraction`` and ``stalled_fraction``, by :class:`StatePrecision` name.
-        prefix: goes before each tag.
+        prefix: the group of the global tags; layers go under ``per_layer_<tag>``, after another prefix
+            ``<prefix>_per_layer_<tag>``.
+        old_tags: deprecated: log layers as ``<prefix>/<tag>/<name>``, as version 0.1 did.
 
     Raises:
         ValueError: ``every_n_steps`` is not an int of at least 1; a format is unknown.
@@ -61,7 +64,8 @@ class OptimizerStateLogger:
         names: nn.Module | Sequence[tuple[str, Tensor]] | None = None,
         per_layer: bool = True,
         forecast: Sequence[str] = ("fp8", "fp8-raw"),
-        prefix: str = "optimizer_state",
+        prefix: str = PREFIX,
+        old_tags: bool = False,
     ) -> None:
         every_n_steps = plain(every_n_steps)
         if isinstance(every_n_steps, bool) or not isinstance(every_n_steps, int) or every_n_steps < 1:
@@ -72,6 +76,9 @@ class OptimizerStateLogger:
         self._names = {param: name for name, param in pairs}
         self._writer, self._every = writer, every_n_steps
         self._per_layer, self._forecast, self._prefix = per_layer, tuple(forecast), prefix
+        self._old_tags = old_tags
+        if old_tags:
+            warn_of_old_tags("OptimizerStateLogger")
         self._calls = 0
 
     def step(self, optimizer: Optimizer, global_step: int | None = None) -> dict[str, float]:
@@ -88,7 +95,8 @@ class OptimizerStateLogger:
         if self._calls % self._every:
             return {}
         scalars = state_records(optimizer, self._names, per_layer=self._per_layer, forecast=self._forecast)
-        records = {f"{self._prefix}/{tag}": value for tag, value in scalars.items()}
+        names = full_tags(scalars, prefix=self._prefix, old=self._old_tags)
+        records = {names[tag]: value for tag, value in scalars.items()}
         for tag, value in records.items():
             self._writer.add_scalar(tag, value, self._calls if global_step is None else global_step)
         return records

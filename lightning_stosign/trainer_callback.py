@@ -6,10 +6,10 @@ from typing import Any, Literal
 from torch.optim import Optimizer
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from lightning_stosign._tags import full_tags, warn_of_old_tags
 from lightning_stosign.health.forecast import check_format
 from lightning_stosign.state_logger import state_records
 
-PREFIX = "optimizer_state"
 _DENOMINATORS = "exp_avg_sq", "exp_inf"
 
 
@@ -29,6 +29,7 @@ class OptimizerStateCallback(TrainerCallback):
         max_zero_fraction: the largest healthy share of zeros in a state that updates are divided by.
         max_exploding_fraction: the largest healthy share of coordinates whose quotient explodes.
         patience: how many records in a row, at least 1.
+        old_tags: deprecated: log layers as ``optimizer_state/<tag>/<name>``, as version 0.1 did.
 
     Raises:
         ValueError: an argument is out of range; a format is unknown.
@@ -50,6 +51,7 @@ class OptimizerStateCallback(TrainerCallback):
         max_zero_fraction: float = 0.5,
         max_exploding_fraction: float = 0.01,
         patience: int = 3,
+        old_tags: bool = False,
     ) -> None:
         if every_n_steps is not None and (isinstance(every_n_steps, bool) or every_n_steps < 1):
             raise ValueError(f"every_n_steps={every_n_steps!r} must be at least 1, or None for logging_steps")
@@ -72,6 +74,9 @@ class OptimizerStateCallback(TrainerCallback):
         self.max_zero_fraction = max_zero_fraction
         self.max_exploding_fraction = max_exploding_fraction
         self.patience = patience
+        self.old_tags = old_tags
+        if old_tags:
+            warn_of_old_tags("OptimizerStateCallback")
         self._trainer: Trainer | None = None
         self._sick = 0
         self._records: dict[str, float] = {}
@@ -97,7 +102,8 @@ class OptimizerStateCallback(TrainerCallback):
         inner = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
         names = {} if model is None else {param: name for name, param in model.named_parameters()}
         records = state_records(inner, names, per_layer=self.per_layer, forecast=self.forecast)
-        tagged = {f"{PREFIX}/{tag}": value for tag, value in records.items()}
+        names = full_tags(records, old=self.old_tags)
+        tagged = {names[tag]: value for tag, value in records.items()}
         if self._trainer is not None:
             self._trainer.log(tagged)
         else:

@@ -39,8 +39,8 @@ def test_plain_loop_records_every_nth_step_what_the_states_are():
     )
     state = optimizer.state[optimizer.param_groups[0]["params"][0]]["exp_avg_sq"]
     recorded = {tag: value for tag, value, _ in seventh}
-    assert recorded["optimizer_state/zero_fraction/exp_avg_sq/weight"] == float((state == 0).float().mean())
-    assert recorded["optimizer_state/abs_max/exp_avg_sq/weight"] == float(state.abs().max())
+    assert recorded["per_layer_zero_fraction/exp_avg_sq/weight"] == float((state == 0).float().mean())
+    assert recorded["per_layer_abs_max/exp_avg_sq/weight"] == float(state.abs().max())
     assert last.keys() == recorded.keys()
 
 
@@ -52,7 +52,7 @@ def test_parameters_go_by_the_optimizers_names_or_their_number():
             param.grad = torch.ones(3)
         optimizer.step()
         OptimizerStateLogger(written, 1).step(optimizer)
-        assert f"optimizer_state/abs_max/exp_avg/{expected}" in {tag for tag, *_ in written.rows}
+        assert f"per_layer_abs_max/exp_avg/{expected}" in {tag for tag, *_ in written.rows}
 
 
 @pytest.mark.parametrize("bad", [{"every_n_steps": 0}, {"every_n_steps": True}, {"forecast": ["fp9"]}], ids=str)

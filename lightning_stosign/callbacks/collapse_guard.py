@@ -14,11 +14,11 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_stosign._lightning_names import is_a, under_both_names
 from lightning_stosign._plain import plain
+from lightning_stosign._tags import PREFIX
 from lightning_stosign.callbacks._collapse_look import DEAD, EXPLODING, Look, Sickness, look_at
 from lightning_stosign.callbacks._collapse_report import table
 from lightning_stosign.callbacks._logging_gate import OwnSteps, check_every_n_steps, record_step
 from lightning_stosign.callbacks._saved_state import state_of_only_one
-from lightning_stosign.callbacks.state_monitor import PREFIX
 from lightning_stosign.optim.emulation import emulated_precision
 from lightning_stosign.optim.low_precision import LowPrecisionOptimizer
 from lightning_stosign.optim.promotion import next_wider, promote_state, state_precision_of

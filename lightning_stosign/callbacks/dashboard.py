@@ -15,11 +15,11 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_stosign._lightning_names import is_a, under_both_names
 from lightning_stosign._plain import plain
+from lightning_stosign._tags import PREFIX
 from lightning_stosign.callbacks._logging_gate import OwnSteps, check_every_n_steps, record_step
 from lightning_stosign.callbacks._saved_state import state_of_only_one
 from lightning_stosign.callbacks._scalars_layout import scalars_layout
 from lightning_stosign.callbacks._zero_history import ZeroHistory, optimizer_label
-from lightning_stosign.callbacks.state_monitor import PREFIX
 from lightning_stosign.health.magnitudes import histogram_of, magnitude_counts
 from lightning_stosign.health.readers import Moments, read_moments
 from lightning_stosign.health.snapshot import parameters_of
@@ -44,8 +44,9 @@ class OptimizerDashboard(Callback):
     * ``zeros_by_layer/<state>``: a heat map of the share of zeros, a row for each layer, a column for each record;
     * ``magnitudes``: how log10 of the magnitudes is distributed in each state, as in the paper's Figure 3;
 
-    and once, for TensorBoard's custom scalars page, panels of what :class:`OptimizerStateMonitor` logs, in which runs
-    with AdamW and with StoSignSGD lie over each other. A run that an exception ends is drawn too.
+    and once, for TensorBoard's custom scalars page (``http://localhost:6006/#custom_scalars``), panels of what
+    :class:`OptimizerStateMonitor` logs, in which runs with AdamW and with StoSignSGD lie over each other. A run that an
+    exception ends is drawn too.
 
     Changes nothing in the training. A step that is recorded costs a pass over the states on the device, a figure its
     transfer and about a second of the host's time, any other step nothing. The record is part of checkpoints, so that

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
@@ -14,13 +15,15 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_stosign._lightning_names import is_a, under_both_names
 from lightning_stosign._plain import plain
+from lightning_stosign._tags import description, full_tags, warn_of_old_tags
 from lightning_stosign.callbacks._logging_gate import OwnSteps, check_every_n_steps, record_step
 from lightning_stosign.callbacks._records import log_records, put_into_callback_metrics
+from lightning_stosign.callbacks._zero_history import optimizer_label
 from lightning_stosign.health.forecast import check_format
 from lightning_stosign.health.readers import read_moments
 from lightning_stosign.health.snapshot import Snapshot, parameters_of
 
-PREFIX = "optimizer_state"
+_MOST_LAYERS = 64  # that depth=None shows one by one: each is about 27 tags
 
 
 class _Begun(NamedTuple):
@@ -38,8 +41,7 @@ class OptimizerStateMonitor(Callback):
     Works with this package's optimizers, every ``torch.optim`` optimizer, torchao's, Transformer Engine's, bitsandbytes'
     and pytorch_optimizer's, and any other for its floating-point states
     (:func:`lightning_stosign.health.register_update_rule` teaches it what such a one divides by what). Changes nothing:
-    trained weights are bit-identical with and without it. Logs, under ``optimizer_state/`` (with several optimizers
-    ``optimizer_state/<number>-<class>/``):
+    trained weights are bit-identical with and without it. Logs, under ``optimizer_state/``:
 
     ============================================ =======================================================================
     ``zero_fraction/<state>``                    share of entries equal to 0
@@ -55,8 +57,9 @@ class OptimizerStateMonitor(Callback):
     ``log10_abs/<state>``                        histogram of log10 of the nonzero magnitudes (TensorBoard, W&B)
     ============================================ =======================================================================
 
-    each over all layers and, with ``per_layer``, for each as ``<tag>/<parameter name>``. States are read after the
-    update. A change is what the optimizer's formula adds for a gradient like the last one. Parameters that FSDP2 has
+    each over all layers and, with ``per_layer``, for each as ``per_layer_<tag>/<parameter name>``: TensorBoard makes a
+    group of what stands before the first slash, ``optimizer_state`` for all layers and one per statistic for the single
+    ones. With several optimizers ``<number>-<class>/`` follows the first slash. States are read after the update. A change is what the optimizer's formula adds for a gradient like the last one. Parameters that FSDP2 has
     sharded are read where they lie, and the numbers are those of the whole model; the ranks of replicas have the same
     states, so that one of them is read. Recording a step costs a copy of the parameters, a few passes over the states,
     and one transfer to the host; a step that is not recorded costs nothing. ``update_rms`` of bfloat16 and float16
@@ -74,8 +77,11 @@ class OptimizerStateMonitor(Callback):
             bits in blocks of 16, NVFP4's way.
         layers: globs on parameter names: look only at those that match one. None: at all.
         depth: take the records of layers together by the first so many parts of their names: for
-            ``model.blocks.0.attention.q.weight``, 3 gives ``<tag>/model.blocks.0``. None: each parameter by itself.
+            ``model.blocks.0.attention.q.weight``, 3 gives ``<tag>/model.blocks.0``. None: each parameter by itself if
+            there are at most 64 of them, else the largest depth that gives at most 64 groups (or no layers if none
+            does), which is said once. With the depth of the longest name each parameter is by itself.
         quantiles: for ``log10_quantile``, each in [0, 1]; none if empty.
+        old_tags: deprecated, for dashboards made for version 0.1: log layers as ``optimizer_state/<tag>/<name>``.
 
     Raises:
         ValueError: an argument is out of range; the Trainer has no logger; ``layers`` matches no parameter; the
@@ -99,6 +105,7 @@ class OptimizerStateMonitor(Callback):
         layers: Sequence[str] | None = None,
         depth: int | None = None,
         quantiles: Sequence[float] = (0.05, 0.5, 0.95),
+        old_tags: bool = False,
     ) -> None:
         every_n_steps, depth, per_layer, histograms = plain((every_n_steps, depth, per_layer, histograms))
         quantiles = plain(quantiles)
@@ -118,11 +125,15 @@ class OptimizerStateMonitor(Callback):
         self.layers = None if layers is None else tuple(layers)
         self.depth = depth
         self.quantiles = tuple(quantiles)
+        self.old_tags = old_tags
+        if old_tags:
+            warn_of_old_tags("OptimizerStateMonitor")
         self._names: dict[Tensor, str] = {}
         self._handles: list[RemovableHandle] = []
         self._begun: dict[Optimizer, _Begun] = {}
         self._kept: dict[Optimizer, dict[Tensor, Tensor]] = {}
         self._steps = OwnSteps()
+        self._described: set[str] = set()
 
     def setup(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
         """Check that there is a logger to write to, and a strategy whose states can be read."""
@@ -148,6 +159,7 @@ class OptimizerStateMonitor(Callback):
         }
         if not self._names:
             raise ValueError(f"layers={list(self.layers or [])} matches no parameter of {type(pl_module).__name__}")
+        self._shows_layers, self._depth = self._shown_layers()
         is_sharded = any(isinstance(param, DTensor) for param in self._names)
         self._reads = trainer.is_global_zero or is_sharded  # replicas have the same states
         self._tells = trainer.world_size > 1 and not is_sharded
@@ -198,13 +210,18 @@ class OptimizerStateMonitor(Callback):
         scalars: dict[str, float] = {}
         if optimizer in self._begun:
             scalars, histograms = self._records(optimizer)
+            label = optimizer_label(trainer.optimizers, optimizer)
+            names = full_tags([*scalars, *histograms], optimizer=label, old=self.old_tags)
+            scalars = {names[tag]: value for tag, value in scalars.items()}
             if trainer.is_global_zero:
-                prefix, step = self._prefix(trainer, optimizer), record_step(trainer)
-                log_records(trainer.loggers, prefix, scalars, histograms, step)
+                counts = {names[tag]: numbers for tag, numbers in histograms.items()}
+                new = {name: description(tag) for tag, name in names.items() if name not in self._described}
+                self._described.update(new)
+                log_records(trainer.loggers, scalars, counts, record_step(trainer), new)
         if is_due and self._tells:
             scalars = trainer.strategy.broadcast(scalars)
         if scalars:
-            put_into_callback_metrics(trainer, self._prefix(trainer, optimizer), scalars)
+            put_into_callback_metrics(trainer, scalars)
 
     def _records(self, optimizer: Optimizer) -> tuple[dict[str, float], dict[str, list[float]]]:
         """Return scalars and histograms of a step that was begun."""
@@ -216,18 +233,27 @@ class OptimizerStateMonitor(Callback):
                 snapshot.add_update(
                     name, before.pop(param), param.detach(), group["lr"], moments.decoupled_weight_decay
                 )
-        return snapshot.records(self.per_layer, self.depth)
+        return snapshot.records(self._shows_layers, self._depth)
+
+    def _shown_layers(self) -> tuple[bool, int | None]:
+        """Return whether layers are logged and by which depth: as the user says, or so that the tags stay few."""
+        parts = [name.split(".") for name in self._names.values()]
+        if self.depth is not None or not self.per_layer or len(parts) <= _MOST_LAYERS:
+            return self.per_layer, self.depth
+        deepest = max(map(len, parts))
+        groups = {depth: len({tuple(part[:depth]) for part in parts}) for depth in range(1, deepest + 1)}
+        depth = max((depth for depth, number in groups.items() if number <= _MOST_LAYERS), default=None)
+        how = "not logged by layer" if depth is None else f"logged in {groups[depth]} groups, as with depth={depth}"
+        rank_zero_info(
+            f"OptimizerStateMonitor: {len(parts)} parameters are {how}, to keep the tags few. "
+            f"OptimizerStateMonitor(depth={deepest}) logs each by itself."
+        )
+        return depth is not None, depth
 
     def _watched(self, optimizer: Optimizer) -> Iterable[tuple[str, Tensor, Mapping[str, Any]]]:
         for param, group in parameters_of(optimizer):
             if param in self._names:
                 yield self._names[param], param, group
-
-    def _prefix(self, trainer: "pl.Trainer", optimizer: Optimizer) -> str:
-        if len(trainer.optimizers) == 1:
-            return PREFIX
-        number = next(i for i, other in enumerate(trainer.optimizers) if other is optimizer)
-        return f"{PREFIX}/{number}-{type(optimizer).__name__}"
 
     def teardown(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
         """Let go of the optimizers."""
@@ -238,6 +264,7 @@ class OptimizerStateMonitor(Callback):
         self._kept.clear()
         self._steps.clear()
         self._names.clear()
+        self._described.clear()
 
     def on_exception(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", exception: BaseException) -> None:
         """Let go of the optimizers: Lightning calls no teardown after an exception."""

@@ -60,7 +60,7 @@ def test_the_heat_map_holds_what_the_monitor_logs(tmp_path):
         assert steps == [1, 3, 4]  # every second step, and the last
         assert layers == [name for name, _ in module.named_parameters()]
         for layer, row in zip(layers, shares, strict=True):
-            logged = {e.step: e.value for e in log.Scalars(f"optimizer_state/zero_fraction/{state}/{layer}")}
+            logged = {e.step: e.value for e in log.Scalars(f"per_layer_zero_fraction/{state}/{layer}")}
             assert row == pytest.approx([logged[step] for step in steps])
     assert shares[0][0] == pytest.approx(1 / 3)  # the third input is always 0
 

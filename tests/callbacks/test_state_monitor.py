@@ -34,16 +34,30 @@ def with_prefix(tags):
     return {f"optimizer_state/{tag}" for tag in tags}
 
 
+def of_layers(tags):
+    return {f"per_layer_{tag}/{layer}" for tag in tags for layer in LAYERS}
+
+
+def logged(folder):
+    return {tag for tag in scalars(folder) if tag.startswith(("optimizer_state/", "per_layer_"))}
+
+
 @pytest.mark.parametrize("optimizer", TAGS)
 def test_tags_are_those_of_the_table_global_and_per_layer(tmp_path, optimizer):
     fit(Regression(optimizer), tmp_path, max_steps=1, callbacks=[OptimizerStateMonitor()])
-    found = {tag for tag in scalars(tmp_path) if tag.startswith("optimizer_state/")}
-    assert found == with_prefix(TAGS[optimizer] | {f"{tag}/{layer}" for tag in TAGS[optimizer] for layer in LAYERS})
+    assert logged(tmp_path) == with_prefix(TAGS[optimizer]) | of_layers(TAGS[optimizer])
+
+
+def test_the_old_names_of_layers_are_behind_a_flag_that_warns(tmp_path):
+    with pytest.warns(DeprecationWarning, match=r"OptimizerStateMonitor\(old_tags=True\) is deprecated"):
+        monitor = OptimizerStateMonitor(old_tags=True)
+    fit(Regression("sgd"), tmp_path, max_steps=1, callbacks=[monitor])
+    assert logged(tmp_path) == with_prefix(TAGS["sgd"] | {f"{tag}/{layer}" for tag in TAGS["sgd"] for layer in LAYERS})
 
 
 def test_without_per_layer_only_the_global_tags_are_logged(tmp_path):
     fit(Regression("adamw"), tmp_path, max_steps=1, callbacks=[OptimizerStateMonitor(per_layer=False)])
-    assert {tag for tag in scalars(tmp_path) if tag.startswith("optimizer_state/")} == with_prefix(TAGS["adamw"])
+    assert logged(tmp_path) == with_prefix(TAGS["adamw"])
     assert set(histograms(tmp_path)) == with_prefix({"log10_abs/exp_avg", "log10_abs/exp_avg_sq"})
 
 
@@ -90,14 +104,14 @@ def test_gradient_records_are_before_clipping(recorded, optimizer):
     largest = {name: np.abs(grad).max() for name, grad in step.grads.items()}
     assert found["optimizer_state/grad_abs_max"] == pytest.approx(max(largest.values()), rel=1e-6)
     assert found["optimizer_state/grad_square_max"] == pytest.approx(max(largest.values()) ** 2, rel=1e-6)
-    assert found["optimizer_state/grad_abs_max/head.weight"] == pytest.approx(largest["head.weight"], rel=1e-6)
+    assert found["per_layer_grad_abs_max/head.weight"] == pytest.approx(largest["head.weight"], rel=1e-6)
 
 
 def test_every_step_of_stosign_has_length_1_despite_decay_and_clipping(recorded):
     _, found, _ = recorded("stosign")
     # The weights of the input that is always 0 are dead: 8 of the 24.
-    assert found["optimizer_state/update_rms/head.weight"] == pytest.approx(1.0, abs=1e-5)
-    assert found["optimizer_state/update_rms/first.weight"] == pytest.approx(np.sqrt(16 / 24), abs=1e-5)
+    assert found["per_layer_update_rms/head.weight"] == pytest.approx(1.0, abs=1e-5)
+    assert found["per_layer_update_rms/first.weight"] == pytest.approx(np.sqrt(16 / 24), abs=1e-5)
     assert found["optimizer_state/update_rms"] == pytest.approx(np.sqrt(33 / 41), abs=1e-5)
 
 
@@ -120,7 +134,7 @@ def test_state_records_are_of_the_state_after_the_update(recorded, optimizer, st
     assert found[f"optimizer_state/zero_fraction/{state}"] == pytest.approx(np.mean(values == 0), rel=1e-6)
     assert found[f"optimizer_state/abs_max/{state}"] == pytest.approx(np.abs(values).max(), rel=1e-6)
     assert found[f"optimizer_state/rms/{state}"] == pytest.approx(np.sqrt(np.mean(values**2)), rel=1e-6)
-    assert found[f"optimizer_state/zero_fraction/{state}/first.weight"] == pytest.approx(1 / 3, rel=1e-6)
+    assert found[f"per_layer_zero_fraction/{state}/first.weight"] == pytest.approx(1 / 3, rel=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -186,7 +200,7 @@ def test_histograms_hold_the_log10_of_the_nonzero_magnitudes(recorded):
 
 def test_histograms_are_for_each_layer_too(recorded):
     _, _, found = recorded("adamw")
-    assert found["optimizer_state/log10_abs/exp_avg_sq/first.weight"][2].num == 16
+    assert found["per_layer_log10_abs/exp_avg_sq/first.weight"][2].num == 16
 
 
 def test_a_state_of_zeros_only_gives_an_empty_histogram(tmp_path):

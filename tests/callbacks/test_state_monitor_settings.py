@@ -28,7 +28,7 @@ LAYERS = ["first.weight", "first.bias", "head.weight", "head.bias"]
 )
 def test_layers_are_chosen_by_globs(tmp_path, globs, expected):
     fit(Regression(), tmp_path, max_steps=1, callbacks=[OptimizerStateMonitor(layers=globs)])
-    found = {tag.rpartition("/")[2] for tag in scalars(tmp_path) if tag.startswith("optimizer_state/update_rms/")}
+    found = {tag.rpartition("/")[2] for tag in scalars(tmp_path) if tag.startswith("per_layer_update_rms/")}
     assert found == expected
 
 
@@ -36,7 +36,7 @@ def test_global_records_are_of_the_chosen_layers_only(tmp_path):
     fit(Regression(), tmp_path, max_steps=1, callbacks=[OptimizerStateMonitor(layers=["first.weight"])])
     found = scalars(tmp_path)
     assert found["optimizer_state/zero_fraction/exp_inf"][0] == pytest.approx(1 / 3)
-    assert found["optimizer_state/grad_abs_max"] == found["optimizer_state/grad_abs_max/first.weight"]
+    assert found["optimizer_state/grad_abs_max"] == found["per_layer_grad_abs_max/first.weight"]
 
 
 @pytest.mark.parametrize("globs", [["nothing.*"], []])
@@ -68,12 +68,12 @@ def test_fast_dev_run_works(tmp_path):
 
 def test_log_every_n_steps_0_records_nothing(tmp_path):
     fit(Regression(), tmp_path, log_every_n_steps=0, callbacks=[OptimizerStateMonitor()])
-    assert not any(tag.startswith("optimizer_state") for tag in scalars(tmp_path))
+    assert not any(tag.startswith(("optimizer_state", "per_layer")) for tag in scalars(tmp_path))
 
 
 def test_other_loggers_get_the_scalars(tmp_path):
     run = fit(Regression(), logger=CSVLogger(tmp_path), max_steps=2, callbacks=[OptimizerStateMonitor()])
-    assert "optimizer_state/update_rms/head.bias" in run.logger.experiment.metrics_keys
+    assert "per_layer_update_rms/head.bias" in run.logger.experiment.metrics_keys
 
 
 class Kept:
@@ -94,13 +94,13 @@ class KeptByWandb(Kept, WandbLogger):
     pass
 
 
-SCALARS = {"underflow_fraction/exp_avg/fp8-raw:static_scale=1024,min_numel=0/layer.weight": 0.5}
+SCALARS = {"per_layer_underflow_fraction/exp_avg/fp8-raw:static_scale=1024,min_numel=0/layer.weight": 0.5}
 
 
 def test_mlflow_gets_names_that_it_accepts():
     logger = KeptByMLFlow()
-    log_records([logger], "optimizer_state", SCALARS, {}, 3)
-    name = "optimizer_state/underflow_fraction/exp_avg/fp8-raw_static_scale_1024_min_numel_0/layer.weight"
+    log_records([logger], SCALARS, {}, 3)
+    name = "per_layer_underflow_fraction/exp_avg/fp8-raw_static_scale_1024_min_numel_0/layer.weight"
     assert logger.metrics == {name: 0.5}
 
 
@@ -108,26 +108,26 @@ def test_wandb_gets_histograms():
     pytest.importorskip("wandb")
     logger = KeptByWandb()
     counts = log10_histogram(torch.tensor([1.0, 1.0, 1e-3])).tolist()
-    log_records([logger], "optimizer_state", SCALARS, {"log10_abs/exp_avg": counts}, 3)
+    log_records([logger], SCALARS, {"optimizer_state/log10_abs/exp_avg": counts}, 3)
     histogram = logger.metrics.pop("optimizer_state/log10_abs/exp_avg")
     assert sum(histogram.histogram) == 3
     assert len(histogram.bins) == len(counts) + 1
     assert list(logger.metrics.values()) == [0.5]
 
 
-HISTOGRAMS = {"log10_abs/exp_avg": log10_histogram(torch.tensor([1.0, 1.0, 1e-3])).tolist()}
+HISTOGRAMS = {"optimizer_state/log10_abs/exp_avg": log10_histogram(torch.tensor([1.0, 1.0, 1e-3])).tolist()}
 
 
 def test_tensorboard_gets_a_step_s_records_in_one_event(tmp_path):
     logger = TensorBoardLogger(tmp_path, name="", version="", prefix="run")
-    log_records([logger], "optimizer_state", {**SCALARS, "update_rms": 2.0}, HISTOGRAMS, 3)
+    log_records([logger], {**SCALARS, "update_rms": 2.0}, HISTOGRAMS, 3)
     logger.save()
     logger.finalize("success")
     (file,) = tmp_path.glob("events.*")
     with_values = [event for event in EventFileLoader(str(file)).Load() if event.HasField("summary")]
     assert [(event.step, len(event.summary.value)) for event in with_values] == [(3, 3)]
     assert {tag: by_step[3] for tag, by_step in scalars(tmp_path).items()} == {
-        f"run-optimizer_state/{tag}": value for tag, value in {**SCALARS, "update_rms": 2.0}.items()
+        f"run-{tag}": value for tag, value in {**SCALARS, "update_rms": 2.0}.items()
     }
     assert histograms(tmp_path)["run-optimizer_state/log10_abs/exp_avg"][3].num == 3
 
@@ -140,7 +140,7 @@ class KeptByTensorBoard(Kept, TensorBoardLogger):
 
 def test_a_tensorboard_logger_with_a_way_of_its_own_gets_the_scalars(tmp_path):
     logger = KeptByTensorBoard(tmp_path)
-    log_records([logger], "optimizer_state", SCALARS, HISTOGRAMS, 3)
+    log_records([logger], SCALARS, HISTOGRAMS, 3)
     logger.finalize("success")
     assert list(logger.metrics.values()) == [0.5]
     assert (set(scalars(tmp_path)), set(histograms(tmp_path))) == (set(), {"optimizer_state/log10_abs/exp_avg"})
@@ -156,7 +156,7 @@ def test_strategies_that_hide_their_shards_are_refused(strategy):
 @pytest.mark.parametrize(("depth", "expected"), [(1, {"first", "head"}), (2, set(LAYERS)), (None, set(LAYERS))])
 def test_layers_are_taken_together_by_depth(tmp_path, depth, expected):
     fit(Regression(), tmp_path, max_steps=1, callbacks=[OptimizerStateMonitor(depth=depth)])
-    prefix = "optimizer_state/zero_fraction/exp_inf/"
+    prefix = "per_layer_zero_fraction/exp_inf/"
     assert {tag.removeprefix(prefix) for tag in scalars(tmp_path) if tag.startswith(prefix)} == expected
 
 
@@ -173,7 +173,7 @@ class FrozenHead(Regression):
 
 def test_parameters_without_a_gradient_are_passed_over(tmp_path):
     fit(FrozenHead(), tmp_path, max_steps=1, callbacks=[OptimizerStateMonitor()])
-    found = {tag.rpartition("/")[2] for tag in scalars(tmp_path) if tag.startswith("optimizer_state/update_rms/")}
+    found = {tag.rpartition("/")[2] for tag in scalars(tmp_path) if tag.startswith("per_layer_update_rms/")}
     assert found == {"first.weight", "first.bias"}
 
 
@@ -242,3 +242,42 @@ def test_sparse_gradients_are_monitored(tmp_path):
 def test_bad_arguments_are_refused_in_the_user_s_words(options, error, message):
     with pytest.raises(error, match=message):
         OptimizerStateMonitor(**options)
+
+
+class Many(Regression):
+    """70 parameters in 35 modules of one list, or side by side."""
+
+    def __init__(self, listed):
+        super().__init__()
+        self.rest = nn.ModuleList(nn.Linear(2, 2) for _ in range(33)) if listed else nn.ParameterList()
+        for number in range(0 if listed else 66):
+            self.register_parameter(f"p{number}", nn.Parameter(torch.zeros(())))
+
+    def loss(self, batch):
+        return super().loss(batch) + sum(param.sum() for param in self.parameters())
+
+
+@pytest.mark.parametrize(
+    ("listed", "depth", "labels"), [(True, None, 4 + 33), (True, 3, 4 + 66), (False, None, 0), (True, 1, 3)]
+)
+def test_more_than_64_layers_are_grouped_by_module_unless_a_depth_is_given(
+    monkeypatch, tmp_path, listed, depth, labels
+):
+    said = []
+    monkeypatch.setattr("lightning_stosign.callbacks.state_monitor.rank_zero_info", said.append)
+    fit(Many(listed), tmp_path, max_steps=2, callbacks=[OptimizerStateMonitor(depth=depth, forecast=())])
+    found = {tag for tag in scalars(tmp_path) if tag.startswith("per_layer_rms/exp_avg/")}
+    assert len(found) == labels
+    assert len(said) == (depth is None)
+    if said:
+        assert "70 parameters" in said[0] and f"depth={3 if listed else 2}) logs each by itself" in said[0]
+
+
+def test_tensorboard_is_told_what_each_tag_means_once(tmp_path):
+    fit(Regression("adamw"), tmp_path, max_steps=2, callbacks=[OptimizerStateMonitor()])
+    (file,) = tmp_path.glob("events.*")
+    records = [event.summary.value for event in EventFileLoader(str(file)).Load() if len(event.summary.value) > 20]
+    first, second = ({value.tag: value.metadata.summary_description for value in values} for values in records)
+    assert all(first.values()) and first.keys() == second.keys()
+    assert first["per_layer_zero_fraction/exp_avg/head.bias"] == first["optimizer_state/zero_fraction/exp_avg"]
+    assert "equal to 0" in first["optimizer_state/zero_fraction/exp_avg"]

@@ -75,9 +75,7 @@ def test_two_optimizers_are_told_apart_by_number_and_class(two_optimizers):
 
 def test_each_of_two_optimizers_is_recorded_for_its_own_parameters(two_optimizers):
     by_optimizer = {
-        prefix: {
-            tag.rpartition("/")[2] for tag in two_optimizers if re.match(f"optimizer_state/{prefix}/update_rms/", tag)
-        }
+        prefix: {tag.rpartition("/")[2] for tag in two_optimizers if re.match(f"per_layer_update_rms/{prefix}/", tag)}
         for prefix in ("0-StoSignSGD", "1-AdamW")
     }
     assert by_optimizer == {"0-StoSignSGD": {"first.weight", "first.bias"}, "1-AdamW": {"head.weight", "head.bias"}}
@@ -90,7 +88,7 @@ def test_two_optimizers_records_have_the_steps_of_lightning_s_own_metrics(two_op
 
 
 def test_two_optimizers_each_get_the_step_they_took(two_optimizers):
-    assert two_optimizers["optimizer_state/0-StoSignSGD/update_rms/first.bias"][3] == pytest.approx(1.0, abs=1e-5)
+    assert two_optimizers["per_layer_update_rms/0-StoSignSGD/first.bias"][3] == pytest.approx(1.0, abs=1e-5)
 
 
 def scaled(skipped_step, folder, every):
@@ -160,4 +158,4 @@ def test_a_step_skipped_for_its_gradient_has_length_0_despite_weight_decay(tmp_p
     found = scalars(tmp_path)
     assert found["optimizer_state/update_rms"][1] == 0.0
     assert np.isnan(found["optimizer_state/grad_abs_max"][1])
-    assert found["optimizer_state/update_rms/head.bias"][2] == pytest.approx(1.0, abs=1e-5)
+    assert found["per_layer_update_rms/head.bias"][2] == pytest.approx(1.0, abs=1e-5)

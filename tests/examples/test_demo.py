@@ -69,8 +69,19 @@ def test_event_files_hold_every_tag(demo, run, denominator):
     tags |= {"dead_fraction", "exploding_fraction", "update_rms", "grad_abs_max", "grad_square_max"}
     if denominator == "exp_inf":
         tags |= {"noise_rms", "sign_agreement"}
-    expected = {f"{prefix}/{tag}" for tag in tags}
-    expected |= {f"{tag}/{layer}" for tag in expected}
+    expected = {f"{prefix}/{tag}" for tag in tags} | {f"per_layer_{tag}/{layer}" for tag in tags}
     assert expected <= set(events.Tags()["scalars"])
-    histograms = {f"{prefix}/log10_abs/{state}{end}" for state in ("exp_avg", denominator) for end in ("", f"/{layer}")}
+    states = ("exp_avg", denominator)
+    histograms = {f"{prefix}/log10_abs/{state}" for state in states}
+    histograms |= {f"per_layer_log10_abs/{state}/{layer}" for state in states}
     assert histograms <= set(events.Tags()["histograms"])
+    assert "hp_metric" not in events.Tags()["scalars"]
+
+
+def test_tensorboard_opens_on_the_page_with_both_optimizers(demo):
+    folder, printed, _ = demo
+    assert "http://localhost:6006/#custom_scalars" in printed
+    for run in ("adamw-fp8-raw", "stosign-fp8-raw"):
+        events = EventAccumulator(str(folder / run))
+        events.Reload()
+        assert "custom_scalars__config__" in events.Tags()["tensors"] and events.Tags()["images"]

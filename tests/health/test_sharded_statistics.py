@@ -21,7 +21,7 @@ def records(folder):
             (row["step"], tag): float(value)
             for row in csv.DictReader(file)
             for tag, value in row.items()
-            if value and tag.startswith("optimizer_state/")
+            if value and tag.startswith(("optimizer_state/", "per_layer_"))
         }
 
 
