@@ -25,7 +25,8 @@ from lightning_stosign.optim.states.state_precision import (
     warn_if_too_small,
 )
 from lightning_stosign.optim.states.storage import init_state
-from lightning_stosign.optim.voted_step import VotedSteps
+from lightning_stosign.optim.voted_step import VotedSteps, worker_seed
+from lightning_stosign.optim.voting import Entry
 
 
 class LowPrecisionOptimizer(VotedSteps):
@@ -165,6 +166,25 @@ class LowPrecisionOptimizer(VotedSteps):
     def _gives_signs(self, group: dict[str, Any]) -> bool:
         return self._kind(group, FLOAT32, False).gives_signs
 
+    def _write_signs(self, entries: Sequence[Entry], rooms: Sequence[Tensor], rank: int) -> None:
+        # The room stands in for the parameter: with learning rate -1 and no decay it becomes the sign itself. So votes
+        # need no kernels of their own.
+        groups: dict[int, dict[str, Any]] = {}
+        updates = [
+            (entry.index, entry.param, groups.setdefault(id(entry.group), _of_signs(entry.group, rank)))
+            for entry in entries
+        ]
+        self._run([replace(job, whole=room, param=room) for job, room in zip(self._jobs(updates), rooms, strict=True)])
+
+    def _step_together(self, updates: Updates) -> None:
+        self._run(self._jobs(updates))
+        self._advance([param for _, param, _ in updates])
+
+    def _run(self, jobs: list[Job]) -> None:
+        batches = dispatch.choose(jobs)
+        dispatch.look(batches, at_gradients=False)
+        dispatch.run(jobs, batches)
+
     def _jobs(self, updates: Updates) -> list[Job]:
         """Return what to do; it changes nothing but creates missing states."""
         numbers: dict[Any, Numbers] = {}
@@ -248,6 +268,8 @@ class LowPrecisionOptimizer(VotedSteps):
 
     def _advance(self, params: Sequence[Tensor], found_inf: Tensor | None = None) -> None:
         """Count a step, unless it is found that it was not taken."""
+        if not params:
+            return
         taken = [self._steps_taken(param) for param in params] if self._counts or found_inf is not None else []
         steps = [self.state[param]["step"] for param in params]
         if found_inf is None:
@@ -256,6 +278,11 @@ class LowPrecisionOptimizer(VotedSteps):
             foreach_add(steps, [(found_inf == 0).to(torch.int64)] * len(steps))
         for param, step, count in zip(params, steps, taken, strict=False):
             self._counts[param] = step, step._version, count + 1
+
+
+def _of_signs(group: dict[str, Any], rank: int) -> dict[str, Any]:
+    """Return a group's options for a stand-in that is to become the update's sign, with noise of the worker's own."""
+    return {**group, "lr": -1.0, "weight_decay": 0.0, "param_rounding": "nearest", "seed": worker_seed(group, rank)}
 
 
 def _count_device(param: Tensor) -> torch.device:

@@ -2,15 +2,12 @@
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_stosign.optim.base import StrictOptimizer, Updates, nonfinite, update_param
-from lightning_stosign.optim.kernels import dispatch
-from lightning_stosign.optim.kernels.job import Job
 from lightning_stosign.optim.numerics.noise import Stream, noise_key
 from lightning_stosign.optim.voting import Ballot, Bucket, Entry
 
@@ -19,17 +16,26 @@ _NO_UPDATE = 0.5
 
 
 class VotedSteps(StrictOptimizer):
-    """Gives an optimizer of signs steps that several workers vote on.
-
-    The worker's update goes to a stand-in for the parameter: with learning rate -1 and no decay it becomes the sign
-    itself. So votes need no kernels of their own.
-    """
+    """Gives an optimizer of signs steps that several workers vote on."""
 
     _ballot: Ballot | None = None
 
+    def _begin_vote(self, entries: Sequence[Entry]) -> None:
+        """Do what a step on parameters that are voted on must do for all of them at once."""
+
     @abstractmethod
-    def _jobs(self, updates: Updates) -> list[Job]:
-        """Return what to do; it changes nothing but creates missing states."""
+    def _write_signs(self, entries: Sequence[Entry], rooms: Sequence[Tensor], rank: int) -> None:
+        """Update this worker's states and write the signs of its updates, with noise of its own.
+
+        Args:
+            entries: parameters that are voted on.
+            rooms: where the signs go, one tensor per entry. An update of exactly zero leaves its value as it is.
+            rank: this worker's.
+        """
+
+    @abstractmethod
+    def _step_together(self, updates: Updates) -> None:
+        """Step by gradients that are the same on all workers, and count the step."""
 
     @abstractmethod
     def _steps_taken(self, param: Tensor) -> int:
@@ -61,6 +67,7 @@ class VotedSteps(StrictOptimizer):
 
     def _step_by_vote(self, ballot: Ballot) -> None:
         entries = self._agreed_entries(ballot)
+        self._begin_vote([entry for entry in entries if entry.voted])
         buckets = ballot.buckets(entries)
         for bucket in buckets:
             self._propose(bucket, ballot.rank)
@@ -68,9 +75,8 @@ class VotedSteps(StrictOptimizer):
         for bucket in buckets:
             bucket.finish()
             self._follow(bucket)
-        self._run([(entry.index, entry.param, entry.group) for entry in entries if not entry.voted])
-        if entries:
-            self._advance([entry.param for entry in entries])
+        self._advance([entry.param for entry in entries if entry.voted])
+        self._step_together([(entry.index, entry.param, entry.group) for entry in entries if not entry.voted])
 
     def _agreed_entries(self, ballot: Ballot) -> list[Entry]:
         """Return the parameters for which any worker has a gradient; none if one of these is not finite."""
@@ -93,33 +99,20 @@ class VotedSteps(StrictOptimizer):
             if takes_part[index]:
                 if param.grad is None:  # as DDP does where only other workers used a parameter
                     param.grad = torch.zeros_like(param)
-                step = 1 + (self._steps_taken(param) if "step" in self.state[param] else 0)
+                step = 1 + (self._steps_taken(param) if self._count in self.state[param] else 0)
                 entries.append(Entry(param, group, index, step, ballot.votes_on(param)))
         return entries
 
     def _propose(self, bucket: Bucket, rank: int) -> None:
-        """Update this worker's states and write the signs of its updates, or the gradients to be averaged."""
-        groups: dict[int, dict[str, Any]] = {}
-        updates = []
+        """Write the signs of this worker's updates, and the gradients to be averaged."""
+        voted = [entry for entry in bucket.entries if entry.voted]
         for entry in bucket.entries:
-            if entry.voted:
-                group = groups.setdefault(id(entry.group), _of_signs(entry.group, rank))
-                updates.append((entry.index, entry.param, group))
-            else:
+            if not entry.voted:
                 bucket.gradient(entry).copy_(_grad(entry))
-        voted = (entry for entry in bucket.entries if entry.voted)
-        stand_ins = [
+        rooms = [
             bucket.direction(entry).fill_(_NO_UPDATE if (entry.step + rank) % 2 else -_NO_UPDATE) for entry in voted
         ]
-        self._run(updates, stand_ins)
-
-    def _run(self, updates: Updates, stand_ins: Sequence[Tensor] | None = None) -> None:
-        jobs = self._jobs(updates)
-        if stand_ins is not None:
-            jobs = [replace(job, whole=room, param=room) for job, room in zip(jobs, stand_ins, strict=True)]
-        batches = dispatch.choose(jobs)
-        dispatch.look(batches, at_gradients=False)
-        dispatch.run(jobs, batches)
+        self._write_signs(voted, rooms, rank)
 
     def _follow(self, bucket: Bucket) -> None:
         """Step by the votes, and put the averaged gradients in place of this worker's."""
@@ -129,15 +122,14 @@ class VotedSteps(StrictOptimizer):
                 continue
             group = entry.group
             key = noise_key(group.get("seed", 0), entry.step, entry.index, Stream.ROUND_PARAM)
-            rounding = key if group["param_rounding"] == "stochastic" else None
+            rounding = key if group.get("param_rounding", "stochastic") == "stochastic" else None
             update_param(entry.param, bucket.vote(entry), group["lr"], group["weight_decay"], rounding)
 
 
-def _of_signs(group: dict[str, Any], rank: int) -> dict[str, Any]:
-    """Return a group's options for a stand-in that is to become the update's sign, with noise of the worker's own."""
-    seed = group.get("seed", 0)
-    worker_seed = seed if rank == 0 else noise_key(seed, rank, 0, Stream.WORKER)
-    return {**group, "lr": -1.0, "weight_decay": 0.0, "param_rounding": "nearest", "seed": worker_seed}
+def worker_seed(group: dict[str, Any], rank: int) -> int:
+    """Return the seed of a worker's own noise: that of the param group on worker 0."""
+    seed: int = group.get("seed", 0)
+    return seed if rank == 0 else noise_key(seed, rank, 0, Stream.WORKER)
 
 
 def _grad(entry: Entry) -> Tensor:

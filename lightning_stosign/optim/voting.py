@@ -50,7 +50,7 @@ class Bucket(Protocol):
 class Ballot(Protocol):
     """The connection to the other workers, as an optimizer sees it.
 
-    A strategy hands it to :meth:`LowPrecisionOptimizer.vote_by`.
+    A strategy hands it to :meth:`VotingOptimizer.vote_by`.
     """
 
     rank: int

@@ -1,6 +1,7 @@
 """States that differ between workers: into a checkpoint and back, also to another number of workers."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -8,13 +9,14 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_stosign.optim.states.state_precision import FLOAT32, precision_of
-from lightning_stosign.optim.states.storage import SHAPE_SUFFIX, read_state, write_state
+from lightning_stosign.optim.states.storage import SCALE_SUFFIX, SHAPE_SUFFIX, is_packed, read_state, write_state
+from lightning_stosign.optim.wrappers.shadow import OUTER_STEP
 from lightning_stosign.strategies.wire import Wire
 
 OwnStates = dict[int, dict[str, Tensor]]
 """One worker's state tensors, by the parameter's position in the optimizer and the state's name."""
 
-_MOMENTUM, _ENVELOPE = "exp_avg", "exp_inf"
+_ENVELOPE = "exp_inf"
 
 
 def own_states(optimizer: Optimizer, is_own: Callable[[Tensor], bool]) -> OwnStates:
@@ -56,16 +58,19 @@ def load_mean(optimizer: Optimizer, states: Sequence[OwnStates]) -> None:
         if not of_workers:
             continue
         precision = precision_of(state, group) or FLOAT32
-        for name in (_MOMENTUM, _ENVELOPE):
-            if name not in state:
-                continue
+        for name in filter(partial(_is_average, state), of_workers[0]):
             whole = [{**state, **{key: value.to(state[key].device) for key, value in w.items()}} for w in of_workers]
             mean = torch.stack([read_state(of_worker, name, precision) for of_worker in whole]).mean(0)
             write_state(state, name, mean, precision, rounding="up" if name == _ENVELOPE else "nearest")
 
 
 def _differs(name: str, value: Any) -> bool:
-    return isinstance(value, Tensor) and name != "step" and not name.endswith(SHAPE_SUFFIX)
+    return isinstance(value, Tensor) and name not in ("step", OUTER_STEP) and not name.endswith(SHAPE_SUFFIX)
+
+
+def _is_average(state: Mapping[str, Any], name: str) -> bool:
+    """Return whether a state tensor holds values of its own, and not the scales of another one."""
+    return is_packed(state, name) or (state[name].is_floating_point() and not name.endswith(SCALE_SUFFIX))
 
 
 def _with_state(optimizer: Optimizer) -> Iterator[tuple[int, Tensor, Mapping[str, Any], dict[str, Any]]]:

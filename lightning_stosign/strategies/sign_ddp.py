@@ -41,10 +41,10 @@ _REDUCER_OPTIONS = ("bucket_cap_mb", "find_unused_parameters", "gradient_as_buck
 class SignDDPStrategy(DDPStrategy):
     r"""DDP that sends one bit per coordinate: about 30 times less traffic.
 
-    **Votes on updates** (``signs_of="updates"``, for :class:`StoSignSGD` and :class:`SignSGD`): no gradient is
-    exchanged. Each worker keeps the momentum :math:`m_w` and the envelope :math:`G_w` of its own gradient and sends the
-    sign of its own update, :math:`\mathrm{sign}(m_w + G_w n_w)` with noise of its own. All workers step by the
-    majority's sign, or by the mean of the signs:
+    **Votes on updates** (``signs_of="updates"``, for :class:`StoSignSGD`, :class:`SignSGD` and
+    :class:`SignConverted`): no gradient is exchanged. Each worker keeps the momentum :math:`m_w` and the envelope
+    :math:`G_w` of its own gradient and sends the sign of its own update, :math:`\mathrm{sign}(m_w + G_w n_w)` with
+    noise of its own. All workers step by the majority's sign, or by the mean of the signs:
 
     .. math::
         x_{t+1} = x_t - \eta \, \mathrm{vote}_w(\mathrm{sign}(m_w + G_w n_w)) - \eta \lambda x_t
@@ -262,8 +262,9 @@ class SignDDPStrategy(DDPStrategy):
         for optimizer in self.optimizers:
             if optimizer not in voting:
                 raise ValueError(
-                    f"SignDDPStrategy(signs_of='updates') needs optimizers whose update is a sign: StoSignSGD or "
-                    f"SignSGD, got {type(optimizer).__name__}. Use SignDDPStrategy(signs_of='gradients') with it"
+                    f"SignDDPStrategy(signs_of='updates') needs optimizers whose update is a sign: StoSignSGD, "
+                    f"SignSGD or SignConverted of another one, got {type(optimizer).__name__}. Use "
+                    "SignDDPStrategy(signs_of='gradients') with it"
                 )
         for optimizer in voting:
             optimizer.vote_by(None)  # raises if its options make its update no sign

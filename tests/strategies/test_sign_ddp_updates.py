@@ -9,7 +9,7 @@ from test_sign_ddp import Manual, Net, Unused, fit, outcome
 from torch import nn
 from workers import run_workers
 
-from lightning_stosign import SignDDPStrategy, SignSGD, StoSignConfig, StoSignMixin, StoSignSGD
+from lightning_stosign import SignConverted, SignDDPStrategy, SignSGD, StoSignConfig, StoSignMixin, StoSignSGD
 from lightning_stosign.strategies import sign_ddp
 
 
@@ -197,9 +197,41 @@ def test_other_number_of_workers_resumes_from_the_mean_momentum(fits, folder, pa
             assert torch.allclose(ours, mean, rtol=0.1, atol=float(mean.abs().max()) / 32)
 
 
-class Converted(Net):
+class NoSigns(Net):
     def configure_optimizers(self):
         return torch.optim.AdamW(self.parameters())
+
+
+class Converted(Net):
+    def configure_optimizers(self):
+        return SignConverted(self.parameters(), torch.optim.AdamW, lr=1e-2)
+
+    def on_train_start(self):
+        optimizer = self.optimizers(use_pl_optimizer=False)
+        self.variance = optimizer.state.get(self.body[0].weight, {}).get("exp_avg_sq", torch.zeros(())).clone()
+
+
+def converted(rank, workers, folder):
+    """Adam's signs: a whole run, one that is resumed, and what three workers would begin with."""
+    results = {"whole": outcome(*fit(workers, "sign_ddp", 6, net=Converted, batches=2))}
+    options = {"net": Converted, "batches": 2, "enable_checkpointing": True}
+    if workers == 2:
+        save = ModelCheckpoint(folder, "converted", every_n_train_steps=4, save_top_k=-1)
+        fit(workers, "sign_ddp", 4, callbacks=[save], **options)
+        dist.barrier()
+    net, trainer = fit(workers, "sign_ddp", 6, ckpt_path=f"{folder}/converted.ckpt", **options)
+    return results | {"resumed": outcome(net, trainer) | {"variance": net.variance}}
+
+
+def test_workers_vote_on_the_signs_of_another_optimizer_and_resume(folder):
+    first, second = run_workers(converted, 2, str(folder))
+    for name, weight in first["whole"]["weights"].items():
+        assert torch.equal(weight, second["whole"]["weights"][name]), name
+        assert all(torch.equal(weight, result["resumed"]["weights"][name]) for result in (first, second)), name
+    ours, theirs = first["resumed"]["variance"], second["resumed"]["variance"]
+    assert not torch.equal(ours, theirs)
+    three = run_workers(converted, 3, str(folder))
+    assert all(torch.allclose(result["resumed"]["variance"], (ours + theirs) / 2) for result in three)
 
 
 class InExpectation(Net):
@@ -213,7 +245,7 @@ def alone(rank, workers):
     results["plain"] = outcome(*fit(1, "ddp", 6, net=Dropping, **CLIPPED))
     plugin = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))
     refused = {
-        "AdamW": {"net": Converted},
+        "AdamW": {"net": NoSigns},
         "in expectation": {"net": InExpectation},
         "GradScaler": {"plugins": [plugin]},
     }
@@ -233,7 +265,10 @@ def test_one_worker_is_the_optimizer_alone_and_other_optimizers_are_refused_by_n
     (result,) = run_workers(alone, 1)
     for name, weight in result["plain"]["weights"].items():
         assert torch.equal(weight, result["voted"]["weights"][name]), name
-    assert "StoSignSGD or SignSGD, got AdamW. Use SignDDPStrategy(signs_of='gradients')" in result["AdamW"]
+    assert (
+        "StoSignSGD, SignSGD or SignConverted of another one, got AdamW. Use SignDDPStrategy(signs_of='gradients')"
+        in result["AdamW"]
+    )
     assert "StoSignSGD(stochastic=False) does not step by signs" in result["in expectation"]
     assert "does not run with a GradScaler" in result["GradScaler"]
     assert len(result["warned"]) == 1

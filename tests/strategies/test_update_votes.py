@@ -1,14 +1,17 @@
 """Votes on updates between real processes, against numpy and against the optimizer alone."""
 
+from functools import partial
+
 import numpy as np
 import pytest
+import pytorch_optimizer
 import torch
 import torch.distributed as dist
 from reference import coins, key, noise
 from torch import nn
 from workers import run_workers
 
-from lightning_stosign import SignSGD, StoSignSGD
+from lightning_stosign import SignConverted, SignSGD, StoSignSGD
 from lightning_stosign.strategies import update_votes
 from lightning_stosign.strategies.update_votes import UpdateBallot
 from lightning_stosign.strategies.wire import Wire
@@ -55,7 +58,29 @@ def train(cls=StoSignSGD, *, by_majority, dtype=torch.float32, connected=True, w
     states = {name: {k: v for k, v in optimizer.state[p].items() if k != "step"} for name, p in params.items()}
     if ballot:
         ballot.close()
-    return {"steps": steps, "bytes": sent, "states": states, "agreement": agreement}
+    counted = [group.get("steps", STEPS) for group in optimizer.param_groups]
+    return {"steps": steps, "bytes": sent, "states": states, "agreement": agreement, "counted": counted}
+
+
+class Counting(torch.optim.Optimizer):
+    """Momentum; counts its steps in the param group, as some libraries' optimizers do."""
+
+    def __init__(self, params, lr=1.0):
+        super().__init__(params, {"lr": lr, "steps": 0})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            group["steps"] += 1
+            for param in group["params"]:
+                if param.grad is not None:
+                    m = self.state[param].setdefault("m", torch.zeros_like(param))
+                    m.add_((param.grad - m) * 0.1)
+                    param.sub_(group["lr"] * m)
+
+
+# Over its running maximum, it is StoSignSGD.
+CONVERTED = partial(SignConverted, base=Counting, normalize=True, seed=SEED)
 
 
 def sometimes_unused(rank, step, name):
@@ -67,6 +92,7 @@ CASES = {
     "mean": {"by_majority": False},
     "plain signs": {"cls": SignSGD, "by_majority": True},
     "no momentum": {"cls": SignSGD, "momentum": 0.0, "by_majority": False},
+    "converted": {"cls": CONVERTED, "by_majority": False},
 }
 OTHERS = {
     "fp8": {"by_majority": True, "state_precision": "fp8:min_numel=1"},
@@ -74,6 +100,7 @@ OTHERS = {
     "bfloat16": {"by_majority": False, "dtype": torch.bfloat16},
     "to nearest": {"by_majority": False, "dtype": torch.bfloat16, "param_rounding": "nearest"},
     "unused": {"by_majority": False, "lacks": sometimes_unused},
+    "converted, unused": {"cls": CONVERTED, "by_majority": False, "lacks": sometimes_unused},
     "warm-up": {"by_majority": True, "warmup_steps": 2},
 }
 
@@ -171,6 +198,13 @@ def test_result_does_not_depend_on_the_buckets(results):
         assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
 
 
+def test_converted_optimizer_takes_one_step_of_votes_and_averages(results):
+    assert all(result["converted"]["counted"] == [STEPS] for result in results)
+    for result in results[1:]:
+        ours, first = result["converted"]["states"], results[0]["converted"]["states"]
+        assert not torch.equal(ours["c"]["m"], first["c"]["m"]) and torch.equal(ours["b"]["m"], first["b"]["m"])
+
+
 def test_worker_without_a_gradient_votes_by_its_momentum(results):
     unused, plain = results[0]["unused"]["steps"], results[0]["mean"]["steps"]
     assert torch.equal(unused[1]["f"], unused[0]["f"])  # nobody had one
@@ -254,7 +288,23 @@ def test_gradient_that_is_not_finite_on_one_worker_stops_the_step_on_all():
             assert [result[f"{mode} count {step}"] for step in (1, 2, 3)] == [1, 1, 2]
 
 
-def test_update_that_is_no_sign_is_refused():
-    optimizer = StoSignSGD([nn.Parameter(torch.zeros(3))], stochastic=False)
-    with pytest.raises(ValueError, match=r"StoSignSGD\(stochastic=False\) does not step by signs"):
+@pytest.mark.parametrize("cls", [StoSignSGD, partial(SignConverted, base=torch.optim.Adam)])
+def test_update_that_is_no_sign_is_refused(cls):
+    optimizer = cls([nn.Parameter(torch.zeros(3))], stochastic=False)
+    with pytest.raises(ValueError, match=r"Sign\w+\(stochastic=False\) does not step by signs"):
         optimizer.vote_by(None)
+
+
+def listed_state(rank, workers):
+    """A converted optimizer whose state is no plain tensor."""
+    dist.init_process_group("gloo", rank=rank, world_size=workers)
+    optimizer = SignConverted([nn.Parameter(torch.ones(3, 4))], pytorch_optimizer.SOAP)
+    ballot = connect(optimizer, by_majority=False)
+    optimizer.param_groups[0]["params"][0].grad = torch.ones(3, 4)
+    with pytest.raises(ValueError, match=r"SOAP keeps .* as list, but a checkpoint holds only plain tensors"):
+        optimizer.step()
+    return ballot.close()
+
+
+def test_states_that_no_checkpoint_could_hold_are_refused_in_the_first_step():
+    assert run_workers(listed_state, 1) == [True]

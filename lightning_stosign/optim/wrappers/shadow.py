@@ -1,7 +1,7 @@
 """Running another optimizer on shadows of the parameters, to have its updates instead of its new parameters."""
 
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from lightning_stosign._plain import plain
-from lightning_stosign.optim.base import StrictOptimizer, loss_of
+from lightning_stosign.optim.base import StrictOptimizer, Updates, loss_of
 from lightning_stosign.optim.numerics.noise import Stream, noise_key
 
 # What builds the other optimizer of param groups: its class, or a functools.partial of it.
@@ -74,15 +74,26 @@ class ShadowOptimizer(StrictOptimizer):
         loss = loss_of(closure)
         updates = list(self._params_with_grad())
         if updates and self._gradients_are_finite(updates):
-            shadows = self._step_base([param for _, param, _ in updates])
-            for index, param, group in updates:
-                state = self.state[param]
-                # Set only now: to a base that initialises empty states, this one must have looked empty.
-                if OUTER_STEP not in state:
-                    state[OUTER_STEP] = torch.zeros((), dtype=torch.int64, device="cpu")
-                state[OUTER_STEP] += 1
-                self._step_param(index, param, shadows[param], state, group)
+            self._step_on(updates)
         return loss
+
+    def _step_on(self, updates: Updates) -> None:
+        """Step on parameters whose gradients are finite."""
+        shadows = self._step_base([param for _, param, _ in updates])
+        for index, param, group in updates:
+            self._advance([param])
+            self._step_param(index, param, shadows[param], self.state[param], group)
+
+    def _steps_taken(self, param: Tensor) -> int:
+        return int(self.state[param][OUTER_STEP])
+
+    def _advance(self, params: Sequence[Tensor]) -> None:
+        """Count a step, after the base's: to one that initialises empty states, these must have looked empty."""
+        for param in params:
+            state = self.state[param]
+            if OUTER_STEP not in state:
+                state[OUTER_STEP] = torch.zeros((), dtype=torch.int64, device="cpu")
+            state[OUTER_STEP] += 1
 
     def _step_base(self, params: list[Tensor]) -> dict[Tensor, Tensor]:
         """Let the base step on the shadows of parameters with gradients; return what it made of them."""

@@ -1,5 +1,6 @@
 """SignConverted: any optimizer's update, carried out as an unbiased random sign."""
 
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -7,15 +8,17 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from lightning_stosign.optim.base import check_choice, check_seed, update_param
-from lightning_stosign.optim.numerics.noise import Stream, uniform_noise
+from lightning_stosign.optim.base import Updates, check_choice, check_seed, loss_of, update_param
+from lightning_stosign.optim.numerics.noise import Stream, noise_key, uniform_noise
+from lightning_stosign.optim.voted_step import VotedSteps, worker_seed
+from lightning_stosign.optim.voting import Entry
 from lightning_stosign.optim.wrappers._convertible import refuse_unless_convertible, set_lr
 from lightning_stosign.optim.wrappers.shadow import BaseFactory, ShadowOptimizer, new_shadow
 
 ENVELOPE = "sign_envelope"
 
 
-class SignConverted(ShadowOptimizer):
+class SignConverted(ShadowOptimizer, VotedSteps):
     r"""Turns another optimizer into a sign method: each coordinate moves by plus or minus ``lr``, on average as there.
 
     .. math::
@@ -124,7 +127,14 @@ class SignConverted(ShadowOptimizer):
     def _step_param(
         self, index: int, param: Tensor, grad: Tensor, state: dict[str, Any], group: dict[str, Any]
     ) -> None:
-        u = grad.neg_()  # the shadow: 0 - u
+        direction = self._direction(grad, state, group, self._key(index, state, group, Stream.UPDATE))
+        # x_{t+1} = x_t - eta direction - eta lambda x_t
+        rounding = self._key(index, state, group, Stream.ROUND_PARAM)
+        update_param(param, direction, group["lr"], group["weight_decay"], rounding)
+
+    def _direction(self, shadow: Tensor, state: dict[str, Any], group: dict[str, Any], key: int) -> Tensor:
+        """Return the direction of a step, from a shadow of 0 after the base's step; the shadow is used up."""
+        u = shadow.neg_()  # 0 - u
         sigma: Tensor | None = None
         if group["normalize"]:
             # sigma_t = max(sigma_{t-1}, |u_t|)
@@ -132,15 +142,51 @@ class SignConverted(ShadowOptimizer):
                 state[ENVELOPE] = torch.zeros_like(u)
             sigma = state[ENVELOPE]
             torch.maximum(sigma, u.abs(), out=sigma)
-        if group["stochastic"]:
-            # sign(u_t + sigma_t n_t)
-            key = self._key(index, state, group, Stream.UPDATE)
-            n = uniform_noise(key, param.numel(), device=param.device).view(param.shape).to(u.dtype)
-            direction = (n if sigma is None else n.mul_(sigma)).add_(u).sign_()
-            if sigma is None:
-                direction.masked_fill_(u == 0, 0)
-        else:
-            direction = u if sigma is None else u.div_(sigma).masked_fill_(sigma == 0, 0)
-        # x_{t+1} = x_t - eta direction - eta lambda x_t
-        rounding = self._key(index, state, group, Stream.ROUND_PARAM)
-        update_param(param, direction, group["lr"], group["weight_decay"], rounding)
+        if not group["stochastic"]:
+            return u if sigma is None else u.div_(sigma).masked_fill_(sigma == 0, 0)
+        # sign(u_t + sigma_t n_t)
+        n = uniform_noise(key, u.numel(), device=u.device).view(u.shape).to(u.dtype)
+        direction = (n if sigma is None else n.mul_(sigma)).add_(u).sign_()
+        return direction if sigma is not None else direction.masked_fill_(u == 0, 0)
+
+    @torch.compiler.disable
+    @torch.no_grad()
+    def _step(self, closure: Callable[[], Any] | None) -> Any:
+        if self._ballot is None:
+            return super()._step(closure)
+        loss = loss_of(closure)
+        self._step_by_vote(self._ballot)
+        return loss
+
+    def _gives_signs(self, group: dict[str, Any]) -> bool:
+        return bool(group["stochastic"])
+
+    def _begin_vote(self, entries: Sequence[Entry]) -> None:
+        self._options_before = [self._base_options(group) for group in self.param_groups]
+        self._stepped = self._step_base([entry.param for entry in entries]) if entries else {}
+        for entry in entries:
+            if entry.step == 1:
+                self._refuse_states_that_cannot_be_gathered(entry.param)
+
+    def _write_signs(self, entries: Sequence[Entry], rooms: Sequence[Tensor], rank: int) -> None:
+        for entry, room in zip(entries, rooms, strict=True):
+            key = noise_key(worker_seed(entry.group, rank), entry.step, entry.index, Stream.UPDATE)
+            direction = self._direction(self._stepped.pop(entry.param), self.state[entry.param], entry.group, key)
+            room.copy_(direction.where(direction != 0, room))
+
+    def _step_together(self, updates: Updates) -> None:
+        before, self._options_before = self._options_before, []
+        if updates:
+            # The base steps again, on the averaged gradients. To one that counts steps in a param group it is one step.
+            for group, options in zip(self.param_groups, before, strict=True):
+                group.update(options)
+            self._step_on(updates)
+
+    def _refuse_states_that_cannot_be_gathered(self, param: Tensor) -> None:
+        for name, value in self.state[param].items():
+            if type(value) is not Tensor and not isinstance(value, (bool, int, float, str, type(None))):
+                raise ValueError(
+                    f"base: {type(self.base).__name__} keeps {name} as {type(value).__name__}, but a checkpoint holds "
+                    "only plain tensors of each worker, so workers cannot vote on its updates; use "
+                    "signs_of='gradients'"
+                )
