@@ -9,6 +9,7 @@ Prints one table, and writes a figure, the numbers as JSON and TensorBoard logs 
 
 import json
 import logging
+import os
 import shutil
 import sys
 import time
@@ -16,19 +17,17 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 from jsonargparse import auto_cli
+from matplotlib.figure import Figure
 from pretrain_gpt import main as pretrain
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lightning_stosign import StateCollapseGuard
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-
 CONFIG = Path(__file__).with_name("pretrain_gpt.yaml")
 OPTIMIZERS = {"AdamW": "adamw", "StoSignSGD": "stosign"}
 BETAS = {"adamw": "[0.9, 0.999]", "stosign": "[0.9, 1.0]"}  # each one's own defaults in its package
+PROGRESS = "--trainer.callbacks+=progress_lines.ProgressLines"
 DENOMINATOR = {"adamw": "exp_avg_sq", "stosign": "exp_inf"}
 
 
@@ -43,11 +42,14 @@ def train(optimizer: str, precision: str, lr: float, steps: int, out: Path) -> d
             f"--model.stosign.optimizer={optimizer}",
             f"--model.stosign.betas={BETAS[optimizer]}",
             f"--model.stosign.lr={lr}",
+            f"--model.stosign.warmup_steps={min(40, steps // 4)}",
             f"--model.stosign.state_precision={precision}",
             f"--trainer.max_steps={steps}",
             "--trainer.val_check_interval=50",
+            "--trainer.limit_val_batches=10",
+            "--data.batch_size=8",
             "--trainer.enable_model_summary=false",
-            f"--trainer.enable_progress_bar={str(sys.stdout.isatty()).lower()}",  # it would flood a log
+            *(() if sys.stdout.isatty() else ("--trainer.enable_progress_bar=false", PROGRESS)),
             f"--trainer.logger.init_args.save_dir={out}",
             f"--trainer.logger.init_args.name={name}",
             "--trainer.logger.init_args.version=",
@@ -97,7 +99,8 @@ def print_table(results: list[dict[str, Any]]) -> None:
 
 
 def draw(results: list[dict[str, Any]], path: Path) -> None:
-    figure, axes = plt.subplots(1, 3, figsize=(13, 3.8), layout="constrained", width_ratios=(2, 1, 1))
+    figure = Figure(figsize=(13, 3.8), layout="constrained")
+    axes = figure.subplots(1, 3, width_ratios=(2, 1, 1))
     colors = {"adamw": "tab:red", "stosign": "tab:blue"}
     for r in results:
         in_fp8, color = r["state_precision"] != "float32", colors[r["optimizer"]]
@@ -141,7 +144,8 @@ def demo(steps: int = 150, lr: float = 1e-3, static_scale: float = 1024.0, out: 
     for title, optimizer in OPTIMIZERS.items():
         for precision in ("float32", f"fp8-raw:static_scale={static_scale:g}"):
             print(f"\n{title}, {precision} states, {steps} steps at lr {lr:g}", flush=True)
-            results.append(train(optimizer, precision, lr, steps, folder))
+            results.append(result := train(optimizer, precision, lr, steps, folder))
+            print(f"  validation loss {result['val_loss']:.3f} after {result['seconds']:.0f} s", flush=True)
     (folder / "results.json").write_text(json.dumps(results, indent=1))
     draw(results, folder / "demo.png")
     print_table(results)
@@ -149,9 +153,8 @@ def demo(steps: int = 150, lr: float = 1e-3, static_scale: float = 1024.0, out: 
         if r["report"]:
             print(f"\nWhy, as StateCollapseGuard says: {r['report']}")
     print(f"\nFigure: {folder / 'demo.png'}")
-    print(
-        f"Watch it step by step: .venv/bin/tensorboard --logdir {folder}    then http://localhost:6006/#custom_scalars"
-    )
+    tensorboard = os.path.relpath(Path(sys.executable).with_name("tensorboard"))
+    print(f"Watch it step by step: {tensorboard} --logdir {folder}    then http://localhost:6006/#custom_scalars")
 
 
 if __name__ == "__main__":

@@ -32,8 +32,9 @@ def main(args: Sequence[str] | None = None) -> int:
         wrong.
     """
     options = _parser().parse_args(args)
+    command = options.command
     try:
-        return _inspect(options)
+        return _inspect(options) if command == "inspect" else _demo(options)
     except (CheckpointError, PageFileError, _BadArgument, ModuleNotFoundError) as error:
         message = printable(str(error), longest=2000)
     except MemoryError:
@@ -41,7 +42,7 @@ def main(args: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    print(f"lightning-stosign inspect: {message}", file=sys.stderr)
+    print(f"lightning-stosign {command}: {message}", file=sys.stderr)
     return _FAILED
 
 
@@ -102,7 +103,25 @@ def _parser() -> argparse.ArgumentParser:
         help="watch the zeros of these states (default: what the update is divided by)",
     )
     check.add_argument("--per-layer", action="store_true", help="each layer has to keep to the limits")
+    demo = commands.add_parser(
+        "demo",
+        help="train a small GPT with AdamW and StoSignSGD in FP8, and compare",
+        description="Train a GPT of 0.8 M parameters on the source of Python's standard library, four times: AdamW and "
+        "StoSignSGD, with float32 and with FP8 optimizer states. Takes minutes on a CPU, and leaves a figure and "
+        "TensorBoard logs.",
+        argument_default=argparse.SUPPRESS,
+    )
+    demo.add_argument("--steps", type=_positive, help="optimizer steps of each run (default: 150)")
+    demo.add_argument("--lr", type=float, help="learning rate of each run (default: 0.001)")
+    demo.add_argument("--out", help="folder for the results, emptied first (default: runs/demo)")
     return parser
+
+
+def _demo(options: argparse.Namespace) -> int:
+    from lightning_stosign._demo_scripts import run_demo
+
+    run_demo(**{name: value for name, value in vars(options).items() if name != "command"})
+    return 0
 
 
 def _positive(text: str) -> int:

@@ -28,5 +28,8 @@ with tempfile.TemporaryDirectory() as folder:
     )
     assert "exp_avg" in shown.stdout, shown.stdout
 
+    subprocess.run([sys.executable, "-m", "lightning_stosign", "demo", "--steps=2", f"--out={folder}/demo"], check=True)
+    assert Path(folder, "demo", "results.json").exists()
+
 assert lightning_stosign.SignDDPStrategy.__name__ == "SignDDPStrategy"  # Lightning's side imports, too
 print(f"lightning-stosign {lightning_stosign.__version__} works")

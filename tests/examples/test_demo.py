@@ -1,5 +1,6 @@
 """The README's first command, and the claim it makes."""
 
+import ast
 import json
 import math
 import subprocess
@@ -9,7 +10,15 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-DEMO = Path(__file__).parents[2] / "examples" / "demo.py"
+from lightning_stosign.cli import main
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ROOT = Path(__file__).parents[2]
+DEMO = ROOT / "examples" / "demo.py"
 
 
 @pytest.fixture(scope="module")
@@ -22,9 +31,34 @@ def demo(tmp_path_factory):
     return folder, result.stdout, {(r["optimizer"], r["state_precision"].partition(":")[0]): r for r in results}
 
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1600)]
+def trains(test):
+    return pytest.mark.slow(pytest.mark.timeout(1600)(test))
 
 
+def test_the_wheel_holds_every_script_that_the_demo_imports():
+    included = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]
+    scripts = {Path(source).name for source in included["force-include"] if source.startswith("examples/")}
+    examples = {path.stem for path in DEMO.parent.glob("*.py")}
+    assert {"demo.py", "pretrain_gpt.yaml", "progress_lines.py"} <= scripts
+    for script in (name for name in scripts if name.endswith(".py")):
+        tree = ast.parse((DEMO.parent / script).read_text())
+        imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+        imported |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+        assert {f"{name}.py" for name in imported & examples} <= scripts
+
+
+def test_the_command_passes_its_options_on(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(DEMO.parent))
+    import demo
+
+    asked = []
+    monkeypatch.setattr(demo, "train", lambda *args: asked.append(args) or sys.exit(7))
+    with pytest.raises(SystemExit, match="7"):
+        main(["demo", "--steps=3", "--lr=0.5", f"--out={tmp_path / 'runs'}"])
+    assert asked == [("adamw", "float32", 0.5, 3, tmp_path / "runs")]
+
+
+@trains
 def test_adamw_collapses_with_fp8_states(demo):
     _, _, runs = demo
     collapsed = runs["adamw", "fp8-raw"]
@@ -34,6 +68,7 @@ def test_adamw_collapses_with_fp8_states(demo):
     assert collapsed["collapsed_at"] is not None
 
 
+@trains
 def test_stosign_trains_on_with_fp8_states(demo):
     _, _, runs = demo
     fp8, full = runs["stosign", "fp8-raw"], runs["stosign", "float32"]
@@ -42,6 +77,7 @@ def test_stosign_trains_on_with_fp8_states(demo):
     assert full["val_loss"] < 3.0  # it has learnt something: a uniform guess is 5.5
 
 
+@trains
 def test_table_figure_and_tensorboard_command_are_shown(demo):
     folder, printed, _ = demo
     for word in (
@@ -59,6 +95,7 @@ def test_table_figure_and_tensorboard_command_are_shown(demo):
     assert (folder / "demo.png").read_bytes().startswith(b"\x89PNG")
 
 
+@trains
 @pytest.mark.parametrize(("run", "denominator"), [("adamw-fp8-raw", "exp_avg_sq"), ("stosign-fp8-raw", "exp_inf")])
 def test_event_files_hold_every_tag(demo, run, denominator):
     events = EventAccumulator(str(demo[0] / run))
