@@ -1,21 +1,17 @@
 """The GPU report: it says that there is no GPU, and its table can be made on any device."""
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
-ROOT = Path(__file__).parents[2]
-
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_machine_without_a_gpu_gets_one_line_and_exit_code_2(tmp_path):
-    command = [sys.executable, ROOT / "benchmarks" / "gpu_report.py", "--out", tmp_path / "report.md"]
-    ran = subprocess.run(command, capture_output=True, text=True)
-    assert ran.returncode == 2
-    assert ran.stderr.splitlines()[-1] == "no CUDA or ROCm GPU: nothing to report" and not ran.stdout
+def test_machine_without_a_gpu_gets_one_line_and_exit_code_2(tmp_path, capsys):
+    from gpu_report import main
+
+    with pytest.raises(SystemExit) as ended:
+        main(tmp_path / "report.md")
+    assert ended.value.code == 2
+    assert capsys.readouterr() == ("", "no CUDA or ROCm GPU: nothing to report\n")
     assert not (tmp_path / "report.md").exists()
 
 

@@ -82,9 +82,9 @@ def scheduled(params, scheduler=lambda optimizer: torch.optim.lr_scheduler.StepL
 @pytest.mark.parametrize("refine", [True, False])
 def test_step_size_is_within_a_factor_of_three_of_the_best_constant_one(tmp_path, refine):
     torch.manual_seed(0)
-    found = find_step_size(trainer(tmp_path), Regression(), steps=150, refine=refine).suggestion()
+    found = find_step_size(trainer(tmp_path), Regression(), steps=60, refine=refine).suggestion()
     grid = np.logspace(-3.5, -0.5, 25)
-    losses = np.mean([PROBLEM.signsgd_grid(grid, PROBLEM.batches(150, 32, seed)) for seed in range(5)], axis=0)
+    losses = np.mean([PROBLEM.signsgd_grid(grid, PROBLEM.batches(60, 32, seed)) for seed in range(5)], axis=0)
     best = grid[losses.argmin()]
     assert best / 3 < found < 3 * best
 
