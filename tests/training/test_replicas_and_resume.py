@@ -35,6 +35,7 @@ def assert_same_weights(a, b):
     [
         ("stosign", "fp8:stochastic_rounding=true,min_numel=0"),
         pytest.param("sign-adamw", "bfloat16:min_numel=0", marks=pytest.mark.slow),
+        pytest.param("muon-sign", "fp8:stochastic_rounding=true,min_numel=0", marks=pytest.mark.slow),
         *(
             pytest.param(name, "float32", marks=pytest.mark.slow)
             for name in ("signsgd", "sign-adamax", "muon", "alias", "online-to-nonconvex")
@@ -58,6 +59,7 @@ def test_replicas_stay_identical_with_dropout_and_different_data(tmp_path, optim
         pytest.param("sign-adamw", "bfloat16:min_numel=0", marks=pytest.mark.slow),
         pytest.param("adamw", "fp8:min_numel=0", marks=pytest.mark.slow),  # through the emulation
         pytest.param("muon", "bfloat16:min_numel=0", marks=pytest.mark.slow),
+        pytest.param("muon-sign", "fp8:stochastic_rounding=true,min_numel=0", marks=pytest.mark.slow),
     ],
 )
 def test_run_killed_at_step_30_resumes_from_step_20_bit_for_bit(tmp_path, optimizer, precision):

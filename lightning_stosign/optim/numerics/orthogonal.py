@@ -11,27 +11,28 @@ _ITERATIONS = 5
 _EPS = 1e-7
 
 
-def orthogonalize(matrix: Tensor) -> Tensor:
-    """Return ``U V^T`` of a matrix ``U S V^T``, about: five Newton-Schulz iterations in bfloat16, as in torch's Muon.
+def orthogonalize(matrix: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return ``U V^T`` of a matrix ``U S V^T``, about: five Newton-Schulz iterations, as in torch's Muon.
 
     The result does not depend on the matrix's scale. Torch's does where squares of the values leave float32's range or
-    where the norm is below 1e-7; elsewhere both have the same bits.
+    where the norm is below 1e-7; elsewhere both have the same bits in bfloat16.
 
     Args:
         matrix: floating point, ``[rows, columns]``, finite.
+        dtype: what to compute in: bfloat16 suffices.
 
     Returns:
-        bfloat16, same shape; zeros for a matrix of zeros.
+        Of that dtype, same shape; zeros for a matrix of zeros.
 
     Example:
-        >>> orthogonalize(torch.tensor([[2e-30, 0.0], [0.0, 1e-30]])).float().diag().round(decimals=1)
+        >>> orthogonalize(torch.tensor([[2e-30, 0.0], [0.0, 1e-30]]), torch.float32).diag().round(decimals=1)
         tensor([0.7000, 1.1000])
 
     Source:
         K. Jordan et al., "Muon", 2024.
     """
     # A power of two changes no digit.
-    x = (matrix / power_of_two_scale(matrix.abs().amax(), 1.0)).bfloat16()
+    x = (matrix / power_of_two_scale(matrix.abs().amax(), 1.0)).to(dtype)
     if is_tall := x.size(0) > x.size(1):
         x = x.T
     x = x / x.norm().clamp(min=_EPS)

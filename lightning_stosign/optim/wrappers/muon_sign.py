@@ -43,8 +43,9 @@ class MuonSign(LowPrecisionOptimizer):
     rest has 2.
 
     Both parts store their states by ``state_precision``, step by the same kernels up to the orthogonalisation, and draw
-    what noise there is as a pure function of (seed, step, parameter index, element index). A sharded matrix is gathered
-    for its orthogonalisation, on every process; the shards then step as the unsharded matrix would.
+    what noise there is as a pure function of (seed, step, parameter index, element index). The orthogonalisation is
+    Muon's, in bfloat16 on accelerators and in float32 on the CPU. A sharded matrix is gathered for it, on every
+    process; the shards then step as the unsharded matrix would.
 
     Args:
         params: parameters or param groups (float64, float32, bfloat16 or float16, dense). Groups with ``use_muon=True``
@@ -192,7 +193,8 @@ def _direction(job: Job, state: dict[str, Any], beta1: float) -> Tensor:
     if isinstance(whole, DTensor):
         assert job.shard is not None
         nesterov = job.shard.wrap(nesterov, whole).full_tensor()
-    direction = orthogonalize(nesterov)
+    # Most CPUs emulate bfloat16 products, which makes them some twenty times as slow as float32's.
+    direction = orthogonalize(nesterov, torch.float32 if nesterov.device.type == "cpu" else torch.bfloat16)
     if isinstance(whole, DTensor):
         parts = distribute_tensor(direction, whole.device_mesh, whole.placements, src_data_rank=None)
         direction = parts.to_local()
