@@ -139,6 +139,7 @@ class OptimizerStateMonitor(Callback):
         """Check that there is a logger to write to, and a strategy whose states can be read."""
         if stage != "fit":
             return
+        self._described.clear()
         if not trainer.loggers:
             raise ValueError(
                 "OptimizerStateMonitor needs a logger to write to, but the Trainer has logger=False; "
@@ -264,7 +265,6 @@ class OptimizerStateMonitor(Callback):
         self._kept.clear()
         self._steps.clear()
         self._names.clear()
-        self._described.clear()
 
     def on_exception(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", exception: BaseException) -> None:
         """Let go of the optimizers: Lightning calls no teardown after an exception."""

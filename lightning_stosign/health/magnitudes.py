@@ -47,6 +47,22 @@ def magnitude_counts(value: Tensor, zeros: Tensor | None = None) -> Tensor:
     return counts[:MAGNITUDE_BINS]
 
 
+def add_magnitude_counts(counts: Tensor, rows: Tensor, places: Tensor, zeros: Tensor) -> None:
+    """Add :func:`magnitude_counts` of each row to a row of counts; several may share one.
+
+    Args:
+        counts: int32 or int64, contiguous, ``[places, MAGNITUDE_BINS]``; changed in place.
+        rows: float32, ``[rows, numel]``.
+        places: int64, ``[rows]``: which row of the counts each is added to.
+        zeros: how many entries of each row are 0, ``[rows]``.
+    """
+    pattern = rows.view(torch.int32).bitwise_and(0x7FFFFFFF).bitwise_right_shift_(16).long()
+    is_finite = (pattern < MAGNITUDE_BINS).to(counts.dtype)
+    pattern = pattern.clamp_(max=MAGNITUDE_BINS - 1).add_((places * MAGNITUDE_BINS).unsqueeze(1))
+    counts.view(-1).index_add_(0, pattern.view(-1), is_finite.view(-1))
+    counts[:, 0].index_add_(0, places, -zeros.to(counts.dtype))
+
+
 def magnitude_of_bin(index: Tensor) -> Tensor:
     """Return the smallest magnitude of a bin, float32; of bin 0, which has only subnormal numbers, 2**-149.
 
@@ -76,8 +92,8 @@ def log10_quantiles(counts: Tensor, quantiles: Sequence[float]) -> Tensor:
 
 
 def quantiles_of_cumulative(cumulative: Tensor, quantiles: Sequence[float]) -> Tensor:
-    """Return :func:`log10_quantiles` from the cumulative sum of the counts."""
-    total = cumulative[-1]
+    """Return :func:`log10_quantiles` from the cumulative sum of the counts, ``[..., MAGNITUDE_BINS]``."""
+    total = cumulative[..., -1:]
     wanted = (torch.tensor(list(quantiles), dtype=torch.float64, device=total.device) * total).ceil().clamp(min=1.0)
     index = torch.searchsorted(cumulative, wanted.to(cumulative.dtype)).clamp(max=MAGNITUDE_BINS - 1)
     return torch.where(total > 0, magnitude_of_bin(index).double().log10(), torch.nan)
@@ -110,9 +126,9 @@ def histogram_of(counts: Tensor) -> Tensor:
 
 
 def histogram_of_cumulative(cumulative: Tensor) -> Tensor:
-    """Return :func:`histogram_of` from the cumulative sum of the counts."""
-    below = cumulative.index_select(0, _edge_bins(cumulative.device)[1:] - 1)
-    return torch.cat([below[:1], below[1:] - below[:-1]])
+    """Return :func:`histogram_of` from the cumulative sum of the counts, ``[..., MAGNITUDE_BINS]``."""
+    below = cumulative.index_select(-1, _edge_bins(cumulative.device)[1:] - 1)
+    return torch.cat([below[..., :1], below[..., 1:] - below[..., :-1]], dim=-1)
 
 
 def log10_bin_edges() -> Tensor:

@@ -31,6 +31,8 @@ class Rounding:
     Attributes:
         block: how many values have a scale of their own; 1 if they have none.
         has_tensor_scale: whether there is a scale that depends on the whole state.
+        rounds_rows: whether :meth:`store` also rounds the rows of a matrix, each as a state, given their largest
+            magnitudes as ``[1, rows, 1]``.
     """
 
     def __init__(self, layout: Layout, precision: StatePrecision, degree: int) -> None:
@@ -38,6 +40,7 @@ class Rounding:
         self._applies = layout.numel >= precision.min_numel
         self.block = precision.block_size if precision.scaling == "block" else 1
         self.has_tensor_scale = self._applies and precision.has_tensor_scale
+        self.rounds_rows = not self._applies or (precision.is_fp8 and self.block == 1)
         self._cuts = [cut for cut in layout.cuts if cut % self.block] if self._applies else []
 
     def cut_blocks(self, size: int) -> list[slice]:

@@ -2,7 +2,7 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any, Literal, NamedTuple
 
@@ -11,8 +11,25 @@ from torch import Tensor
 from torch.distributed import ProcessGroup, ReduceOp, all_reduce
 from torch.optim import Optimizer
 
+from lightning_stosign.health.alike import (
+    batches,
+    is_small,
+    kind_of,
+    rows_forecast,
+    rows_health,
+    rows_noise,
+    rows_statistics,
+    rows_update,
+    stack,
+)
 from lightning_stosign.health.forecast import Forecast, Rounds, forecasts_rounds, run_rounds
-from lightning_stosign.health.magnitudes import histogram_of_cumulative, magnitude_counts, quantiles_of_cumulative
+from lightning_stosign.health.magnitudes import (
+    MAGNITUDE_BINS,
+    add_magnitude_counts,
+    histogram_of_cumulative,
+    magnitude_counts,
+    quantiles_of_cumulative,
+)
 from lightning_stosign.health.readers import Moments
 from lightning_stosign.health.sharding import Layout, localize
 from lightning_stosign.health.statistics import (
@@ -44,18 +61,48 @@ class Tally(NamedTuple):
     group: ProcessGroup | None = None
 
 
+class _Rows(NamedTuple):
+    """A statistic of several layers, ``[layers]`` each, known on this rank."""
+
+    kind: Literal["mean", "rms", "max", "max_square"]
+    layers: Sequence[str]
+    values: Tensor
+    weights: Tensor | float = 1.0
+
+
+class _Update(NamedTuple):
+    """A parameter before and after a step."""
+
+    layer: str
+    before: Tensor
+    after: Tensor
+    lr: float | Tensor
+    weight_decay: float | Tensor
+
+
 class _Counts(NamedTuple):
-    """The magnitude counts of one layer's state, and the ranks over which they are still to be added."""
+    """The magnitude counts of one layer's state of so many values, and the ranks over which they are to be added."""
 
     counts: Tensor
+    size: int
     group: ProcessGroup | None
+
+
+class _MagnitudeRecord(NamedTuple):
+    """Histograms or quantiles of one state, ``[ends, numbers]``: for each end of a tag, ``""`` or ``"/<layer>"``."""
+
+    what: Literal["histogram", "quantiles"]
+    state: str
+    ends: Sequence[str]
+    numbers: Tensor
 
 
 class Snapshot:
     """Collects statistics by (tag, layer) and turns them into records with one host transfer.
 
     Of sharded parameters every rank has to add its part, in the same order; :meth:`records` then combines the ranks
-    with at most four collectives, however many layers there are.
+    with at most four collectives, however many layers there are. Small tensors are looked at in :meth:`records`, all of
+    one size together, so that states and parameters must not change between.
 
     Args:
         forecast: formats for which to count what they would store as 0, and what would stall in them.
@@ -71,6 +118,11 @@ class Snapshot:
         self._counts: dict[str, dict[str, _Counts]] = defaultdict(dict)
         # Forecasts of sharded states wait for records(): (state, layer, layout, their rounds).
         self._waiting: list[tuple[str, str, Layout, Rounds[list[Forecast]]]] = []
+        # Small tensors wait for records(), too: what may be stacked, the values of each, and the item.
+        self._small_moments: list[tuple[Hashable, int, tuple[str, Moments]]] = []
+        self._small_updates: list[tuple[Hashable, int, _Update]] = []
+        self._rows: dict[str, list[_Rows]] = defaultdict(list)
+        self._row_counts: dict[str, list[tuple[Sequence[str], Tensor, Tensor]]] = defaultdict(list)
 
     def add_gradient(self, layer: str, grad: Tensor, scale: Tensor | None = None) -> None:
         """Add a gradient as it is before clipping: ``grad_abs_max``, ``grad_square_max``.
@@ -93,6 +145,16 @@ class Snapshot:
 
     def add_states(self, layer: str, moments: Moments) -> None:
         """Add the statistics of one parameter's states, and ``step_size`` where the optimizer finds it itself."""
+        if moments.step_size is not None:
+            self._add("step_size", layer, Tally("mean", moments.step_size.detach().reshape(())))
+        kind = kind_of(moments, self._forecast)
+        if kind is not None and moments.states:
+            numel = max(value.numel() for value in moments.states.values())
+            self._small_moments.append((kind, numel, (layer, moments)))
+            return
+        self._add_large_states(layer, moments)
+
+    def _add_large_states(self, layer: str, moments: Moments) -> None:
         for name, value in moments.states.items():
             layout = moments.layout(name)
             if layout.numel == 0:
@@ -112,9 +174,9 @@ class Snapshot:
                 else:
                     self._waiting.append((name, layer, layout, rounds))
             if self._with_histograms or self._quantiles:
-                self._counts[name][layer] = _Counts(magnitude_counts(value, statistics.zeros), layout.group)
-        if moments.step_size is not None:
-            self._add("step_size", layer, Tally("mean", moments.step_size.detach().reshape(())))
+                self._counts[name][layer] = _Counts(
+                    magnitude_counts(value, statistics.zeros), layout.numel, layout.group
+                )
         self._add_coordinates(layer, moments)
 
     def _add_coordinates(self, layer: str, moments: Moments) -> None:
@@ -143,8 +205,13 @@ class Snapshot:
         """
         if not isinstance(lr, Tensor) and lr == 0:
             return
+        same = tuple(id(number) if isinstance(number, Tensor) else number for number in (lr, weight_decay))
         if isinstance(lr, Tensor):
             lr = lr.reshape(())  # of shape [1] it could not divide a 0-dimensional parameter's step
+        if is_small(before) and is_small(after):
+            kind = before.dtype, after.dtype, after.device, same
+            self._small_updates.append((kind, after.numel(), _Update(layer, before, after, lr, weight_decay)))
+            return
         (before, layout), (after, _) = localize(before), localize(after)
         dtype = torch.promote_types(after.dtype, torch.float32)
         squares, moved = [after.new_zeros((), dtype=sum_dtype(after))], [after.new_zeros((), dtype=dtype)]
@@ -157,6 +224,54 @@ class Snapshot:
             squares.append(torch.linalg.vector_norm(step, dtype=sum_dtype(step)).square())
         total = torch.stack(squares).sum() / lr**2 * (torch.stack(moved).sum() > 0)
         self._add("update_rms", layer, Tally("rms", total, float(layout.numel), layout.group))
+
+    def _add_small(self) -> None:
+        """Look at the small tensors that wait."""
+        for alike in batches(self._small_moments):
+            self._add_rows([layer for layer, _ in alike], [moments for _, moments in alike])
+        for updates in batches(self._small_updates):
+            first = updates[0]
+            before, after = stack(u.before for u in updates), stack(u.after for u in updates)
+            squares = rows_update(before, after, first.lr, first.weight_decay)
+            rows = _Rows("rms", [u.layer for u in updates], squares, float(after.shape[1]))
+            self._rows["update_rms"].append(rows)
+        self._small_moments.clear()
+        self._small_updates.clear()
+
+    def _add_rows(self, layers: Sequence[str], alike: Sequence[Moments]) -> None:
+        """Add the statistics of the states of parameters of which :func:`kind_of` is equal."""
+        first = alike[0]
+        for name, value in first.states.items():
+            rows, size = stack(moments.states[name] for moments in alike), float(value.numel())
+            statistics = rows_statistics(rows)
+            self._rows[f"zero_fraction/{name}"].append(_Rows("mean", layers, statistics.zeros, size))
+            self._rows[f"abs_max/{name}"].append(_Rows("max", layers, statistics.abs_max))
+            self._rows[f"rms/{name}"].append(_Rows("rms", layers, statistics.square_sum, size))
+            if self._forecast:
+                change = None
+                if name in first.changes:
+                    change = stack(moments.changes[name](slice(None)) for moments in alike)
+                for format in self._forecast:
+                    forecast = rows_forecast(rows, statistics, format, state_degree(name), change)
+                    for kind, share in (("underflow", forecast.underflow), ("stalled", forecast.stalled)):
+                        if share is not None:
+                            tag = f"{kind}_fraction/{name}/{format}"
+                            self._rows[tag].append(_Rows("mean", layers, share.part, share.whole))
+            if self._with_histograms or self._quantiles:
+                self._row_counts[name].append((layers, rows, statistics.zeros))
+        numerator, denominator = first.numerator, first.denominator
+        if numerator is None or denominator is None or numerator.shape != denominator.shape:
+            return
+        size = float(denominator.numel())
+        top = stack(m.numerator for m in alike if m.numerator is not None)
+        bottom = stack(m.denominator for m in alike if m.denominator is not None)
+        health = rows_health(top, bottom)
+        self._rows["dead_fraction"].append(_Rows("mean", layers, health.dead, size))
+        self._rows["exploding_fraction"].append(_Rows("mean", layers, health.exploding, size))
+        if first.stochastic_sign:
+            noise = rows_noise(top, bottom)
+            self._rows["noise_rms"].append(_Rows("rms", layers, noise.variance, noise.moving))
+            self._rows["sign_agreement"].append(_Rows("mean", layers, noise.agreement, noise.moving))
 
     def _add(self, tag: str, layer: str, tally: Tally) -> None:
         self._tallies[tag][layer] = tally
@@ -178,62 +293,98 @@ class Snapshot:
         Returns:
             Scalars by tag, and counts of the log10 bins by tag.
         """
+        self._add_small()
         self._combine_ranks()
 
         def label(layer: str) -> str:
             return layer if depth is None else ".".join(layer.split(".")[:depth])
 
-        device_records = dict(self._magnitude_records(per_layer, label))
-        host = _transfer(
-            [
-                number
-                for layers in self._tallies.values()
-                for tally in layers.values()
-                for number in (tally.value, tally.weight)
-                if isinstance(number, Tensor)
-            ]
-            + list(device_records.values())
-        )
+        singles = [
+            tensor
+            for layers in self._tallies.values()
+            for tally in layers.values()
+            for tensor in (tally.value, tally.weight)
+            if isinstance(tensor, Tensor)
+        ]
+        stacked = [
+            tensor
+            for rows in self._rows.values()
+            for entry in rows
+            for tensor in (entry.values, entry.weights)
+            if isinstance(tensor, Tensor)
+        ]
+        magnitudes = list(self._magnitude_records(per_layer, label))
+        host = _transfer([*singles, *stacked, *(record.numbers for record in magnitudes)])
 
-        def on_host(tally: Tally) -> tuple[float, float]:
-            value = next(host)[0]
-            return value, next(host)[0] if isinstance(tally.weight, Tensor) else tally.weight
+        kinds: dict[str, str] = {}
+        numbers: dict[str, dict[str, tuple[float, float]]] = defaultdict(dict)
+        for tag, layers in self._tallies.items():
+            for layer, tally in layers.items():
+                value = next(host)[0]
+                numbers[tag][layer] = value, next(host)[0] if isinstance(tally.weight, Tensor) else tally.weight
+                kinds[tag] = tally.kind
+        for tag, rows in self._rows.items():
+            for entry in rows:
+                values = next(host)
+                weight = entry.weights
+                weights = next(host) if isinstance(weight, Tensor) else [weight] * len(values)
+                numbers[tag].update(zip(entry.layers, zip(values, weights, strict=True), strict=True))
+                kinds[tag] = entry.kind
 
         scalars: dict[str, float] = {}
-        for tag, layers in self._tallies.items():
-            numbers = {layer: on_host(tally) for layer, tally in layers.items()}
-            kind = next(iter(layers.values())).kind
-            scalars[tag] = _combine(kind, numbers.values())
+        for tag, pairs_by_layer in numbers.items():
+            scalars[tag] = _combine(kinds[tag], pairs_by_layer.values())
             if per_layer:
                 together: dict[str, list[tuple[float, float]]] = defaultdict(list)
-                for layer, pair in numbers.items():
+                for layer, pair in pairs_by_layer.items():
                     together[label(layer)].append(pair)
-                scalars.update({f"{tag}/{name}": _combine(kind, pairs) for name, pairs in together.items()})
+                scalars.update({f"{tag}/{name}": _combine(kinds[tag], pairs) for name, pairs in together.items()})
         histograms: dict[str, list[float]] = {}
-        for what, name, end in device_records:
-            numbers_of = next(host)
-            if what == "histogram":
-                histograms[f"log10_abs/{name}{end}"] = numbers_of
-            else:
-                for quantile, number in zip(self._quantiles, numbers_of, strict=True):
-                    scalars[f"log10_quantile/{name}/{quantile:g}{end}"] = number
+        for record in magnitudes:
+            flat = next(host)
+            width = len(flat) // len(record.ends)
+            for number, end in enumerate(record.ends):
+                of_label = flat[number * width : (number + 1) * width]
+                if record.what == "histogram":
+                    histograms[f"log10_abs/{record.state}{end}"] = of_label
+                else:
+                    for quantile, value in zip(self._quantiles, of_label, strict=True):
+                        scalars[f"log10_quantile/{record.state}/{quantile:g}{end}"] = value
         return scalars, histograms
 
-    def _magnitude_records(
-        self, per_layer: bool, label: Callable[[str], str]
-    ) -> Iterator[tuple[tuple[str, str, str], Tensor]]:
-        """Yield ((kind, state, "/layer" or ""), numbers) of histograms and quantiles, still on the device."""
-        for name, layers in self._counts.items():
-            together: dict[str, Tensor] = {}
-            for layer, (counts, _) in layers.items():
-                for end in ("", f"/{label(layer)}") if per_layer else ("",):
-                    together[end] = together[end] + counts.to(together[end].device) if end in together else counts
-            for end, counts in together.items():
-                cumulative = counts.cumsum(0)
+    def _magnitude_records(self, per_layer: bool, label: Callable[[str], str]) -> Iterator["_MagnitudeRecord"]:
+        """Yield histograms and quantiles of each state, still on the device."""
+        for name in dict.fromkeys([*self._counts, *self._row_counts]):
+            layers = [*self._counts[name], *(layer for group, *_ in self._row_counts[name] for layer in group)]
+            labels = list(dict.fromkeys(map(label, layers))) if per_layer else []
+            row_of = {layer: labels.index(label(layer)) if per_layer else 0 for layer in layers}
+            values = sum(counted.size for counted in self._counts[name].values())
+            values += sum(rows.numel() for _, rows, _ in self._row_counts[name])
+            # Half the memory to fill and to add up, wherever no count can be beyond it.
+            dtype = torch.int32 if values < 1 << 31 else torch.int64
+            counts = self._counts_by_row(name, row_of, max(len(labels), 1), dtype)
+            total = counts.sum(0, keepdim=True, dtype=dtype)
+            for ends, part in (([""], total), ([f"/{end}" for end in labels], counts)):
+                if not ends:
+                    continue
+                cumulative = part.cumsum(1, dtype=dtype)
                 if self._with_histograms:
-                    yield ("histogram", name, end), histogram_of_cumulative(cumulative)
+                    yield _MagnitudeRecord("histogram", name, ends, histogram_of_cumulative(cumulative))
                 if self._quantiles:
-                    yield ("quantiles", name, end), quantiles_of_cumulative(cumulative, self._quantiles)
+                    yield _MagnitudeRecord(
+                        "quantiles", name, ends, quantiles_of_cumulative(cumulative, self._quantiles)
+                    )
+
+    def _counts_by_row(self, name: str, row_of: Mapping[str, int], rows: int, dtype: torch.dtype) -> Tensor:
+        """Return the magnitude counts of a state ``[rows, bins]``, of the layers of each row together."""
+        first = next(iter(self._counts[name].values())).counts if self._counts[name] else self._row_counts[name][0][1]
+        counts = torch.zeros(rows, MAGNITUDE_BINS, dtype=dtype, device=first.device)
+        for layer, (counted, *_) in self._counts[name].items():
+            counts[row_of[layer]] += counted.to(counts.device)
+        for layers, values, zeros in self._row_counts[name]:
+            places = torch.tensor([row_of[layer] for layer in layers], device="cpu")
+            add_magnitude_counts(counts, values.to(counts.device), places.to(counts.device), zeros.to(counts.device))
+        return counts
 
     def _combine_ranks(self) -> None:
         """Combine what the ranks of a sharded model have each found in their own parts."""
@@ -287,7 +438,7 @@ class Snapshot:
             weight = total_weights[i] if isinstance(tally.weight, Tensor) else tally.weight
             self._tallies[tag][layer] = Tally(tally.kind, combined[i], weight)
         for (name, layer, counted), total in zip(counts, total_counts, strict=True):
-            self._counts[name][layer] = _Counts(total.to(counted.dtype), None)
+            self._counts[name][layer] = _Counts(total.to(counted.dtype), self._counts[name][layer].size, None)
 
 
 def parameters_of(optimizer: Optimizer) -> Iterable[tuple[Tensor, Mapping[str, Any]]]:
@@ -312,6 +463,7 @@ def _transfer(tensors: list[Tensor]) -> Iterator[list[float]]:
     if not tensors:
         return iter(())
     device = tensors[0].device
-    flat = torch.cat([tensor.to(device=device, dtype=tensors[0].dtype).reshape(-1) for tensor in tensors])
+    dtype = sum_dtype(tensors[0])
+    flat = torch.cat([tensor.to(device, dtype).reshape(-1) for tensor in tensors])
     numbers = iter(flat.cpu().tolist())
     return (list(islice(numbers, tensor.numel())) for tensor in tensors)
