@@ -23,8 +23,9 @@ from typing import Any
 
 from evidence.study import bracket
 from jsonargparse import auto_cli
+from links import simulate
 from links.hosts import NotPossibleError, hosts, run_on
-from links.methods import BASELINE, METHODS, POWER_SGD_STARTS, Size
+from links.methods import BASELINE, METHODS, POWER_SGD_STARTS, TIMED, Size
 from links.report import Report, write
 from links.store import Key, Store
 
@@ -78,7 +79,7 @@ def traffic(
 
 
 def steps(
-    methods: list[str] = list(METHODS),  # noqa: B006
+    methods: list[str] = list(TIMED),  # noqa: B006
     size: Size = "10m",
     steps: int = 5,
     rates: list[float] = [10, 100, 1000],  # noqa: B006
@@ -146,6 +147,8 @@ def quality(
     steps: list[int] = [400],  # noqa: B006
     seeds: int = 3,
     batch_size: int = 4,
+    rates: list[float] | None = None,
+    simulated: bool = False,
     results: Path = RESULTS,
 ) -> None:
     """Measure validation loss (nats per byte) after so many steps of StoSignSGD, each method at its own best rate.
@@ -160,21 +163,30 @@ def quality(
         steps: with linear warm-up over the first tenth, then linear decay to a tenth.
         seeds: how many seeds at the best rate.
         batch_size: windows of 128 tokens per worker.
+        rates: try these learning rates instead, all seeds at each.
+        simulated: train in this process, each worker a thread: the same bits in less time. DDP float32, votes mean and
+            votes majority alone.
         results: folder of the results.
     """
     store = Store(results / "communication.csv")
     for number, length, method in itertools.product(workers, steps, methods):
-        key = Key(f"quality after {length}", size, number, None, method)
+        key = Key(f"quality after {length}{', simulated' if simulated else ''}", size, number, None, method)
 
         def loss_at(lr: float, key: Key = key, seed: int = 0, length: int = length) -> float:
             key = key._replace(lr=lr, seed=seed)
-            measure(store, [key], steps=length, batch_size=batch_size, lr=lr, seed=seed)
+            if not simulated:
+                measure(store, [key], steps=length, batch_size=batch_size, lr=lr, seed=seed)
+            elif key not in store:
+                found = simulate.quality(key.method, size, key.workers, length, batch_size, lr, seed)
+                store.add(key, found)
+                print(
+                    f"{key.measure}, {key.workers} workers, {key.method}, lr {lr:g}, seed {seed}: {found}", flush=True
+                )
             value = store.value(key, "validation_loss")
             return math.inf if value is None or math.isnan(value) else value
 
-        best = bracket(loss_at, START)
-        for seed in range(1, seeds):
-            loss_at(best, seed=seed)
+        for lr, seed in itertools.product(rates or [bracket(loss_at, START)], range(seeds)):
+            loss_at(lr, seed=seed)
         report(results)
 
 
@@ -184,7 +196,7 @@ def report(results: Path = RESULTS) -> None:
     Args:
         results: folder of the results.
     """
-    text = write(Store(results / "communication.csv"), results, list(METHODS), BASELINE, POWER_SGD_STARTS)
+    text = write(Store(results / "communication.csv"), results, list(TIMED), BASELINE, POWER_SGD_STARTS)
     print(text)
 
 

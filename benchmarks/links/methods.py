@@ -58,16 +58,29 @@ def sign(aggregation: Aggregation, *, stochastic: bool) -> Register:
     return register
 
 
-def votes(aggregation: Aggregation) -> Register:
+def votes(aggregation: Aggregation, *, overlap: bool = True) -> Register:
     """Return what lets workers vote on their updates, as SignDDPStrategy does by default."""
 
     def register(ddp: DistributedDataParallel) -> UpdateBallot:
-        wire = Wire(dist.new_group())
-        by_majority = aggregation == "majority"
         ddp.require_backward_grad_sync = False
-        return UpdateBallot(lambda param: param.ndim > 1, wire, by_majority=by_majority, seed=0, warmup_steps=0)
+        return ballot(aggregation, Wire(dist.new_group()), UpdateBallot if overlap else OneByOne)
 
     return register
+
+
+def ballot(aggregation: Aggregation, wire: Wire, cls: type[UpdateBallot] = UpdateBallot) -> UpdateBallot:
+    """Return SignDDPStrategy's connection of workers that vote on updates."""
+    by_majority = aggregation == "majority"
+    return cls(lambda param: param.ndim > 1, wire, by_majority=by_majority, seed=0, warmup_steps=0)
+
+
+class OneByOne(UpdateBallot):
+    """Waits for the votes on a bucket before the next one's are cast."""
+
+    def submit(self, job: Callable[[], Tensor], device: torch.device) -> Future[Tensor]:
+        done = super().submit(job, device)
+        done.wait()
+        return done
 
 
 def power_sgd(rank: int) -> Register:
@@ -103,35 +116,58 @@ METHODS: dict[str, Register] = {
     "sign majority": sign("majority", stochastic=True),
     "sign majority, plain": sign("majority", stochastic=False),
 }
+# Those, and what only takes another time.
+TIMED = METHODS | {"votes majority, no overlap": votes("majority", overlap=False)}
+# What a run in one process can stand in for.
+VOTES: dict[str, Aggregation] = {"votes mean": "mean", "votes majority": "majority"}
 
 
-class Run:
-    """One worker's training of a GPT by one method.
+def gpt(size: Size, seed: int) -> GPT:
+    """Return a GPT with the weights of a seed."""
+    torch.manual_seed(seed)
+    return GPT(BYTES, CONTEXT, *SIZES[size])
+
+
+class Worker:
+    """One worker's training of a GPT with StoSignSGD.
 
     Args:
-        method: a name of :data:`METHODS`.
-        size: of the GPT.
-        batch_size: windows a worker and step.
+        model: the GPT.
+        ballot: lets the workers vote on updates; None: they do not.
+        rank: this worker's.
+        workers: their number.
+        batch_size: windows per worker and step.
         context: tokens in a window.
         lr: of StoSignSGD.
-        seed: of the weights, the noise and the order of the data.
+        seed: of the noise and the order of the data.
+        clip: largest norm of this worker's gradient; None: any.
     """
 
     def __init__(
-        self, method: str, size: Size, batch_size: int, context: int = CONTEXT, lr: float = 2e-3, seed: int = 0
+        self,
+        model: GPT | DistributedDataParallel,
+        ballot: UpdateBallot | None,
+        rank: int,
+        workers: int,
+        *,
+        batch_size: int,
+        context: int = CONTEXT,
+        lr: float = 2e-3,
+        seed: int = 0,
+        clip: float | None = CLIP,
     ) -> None:
-        torch.manual_seed(seed)
-        bucket_cap_mb = BUCKET_CAP_MB if method.startswith("sign") else None  # SignDDPStrategy's and DDP's default
-        self.model = DistributedDataParallel(GPT(BYTES, CONTEXT, *SIZES[size]), bucket_cap_mb=bucket_cap_mb)
-        self.optimizer = StoSignSGD(self.model.parameters(), lr=lr, seed=seed)
-        self.ballot = METHODS[method](self.model)
-        # Signs of gradients are averaged to something much longer than the gradient.
-        self.clip = None if method.startswith("sign") else CLIP
+        self.model, self.ballot, self.batch_size, self.clip = model, ballot, batch_size, clip
+        self.optimizer = StoSignSGD(model.parameters(), lr=lr, seed=seed)
         data = TextDataModule(context=context, seed=seed)
         data.setup("fit")
         self.windows, self.held_out = data.train_windows, data.val_windows
-        self.batch_size = batch_size
-        self.numbers = count(dist.get_rank(), dist.get_world_size())
+        self.numbers = count(rank, workers)
+
+    def train(self, steps: int, lr: float) -> None:
+        """Take steps with a linear warm-up to the learning rate over a tenth of them and linear decay to a tenth."""
+        for step in range(steps):
+            self.optimizer.param_groups[0]["lr"] = lr * min(10 * (step + 1) / steps, 1 - 0.9 * step / steps)
+            self.step()
 
     def step(self, *, communicate: bool = True) -> float:
         """Take a step and return the seconds it took."""
@@ -139,7 +175,11 @@ class Run:
         batch = inputs_and_targets(self.windows.__getitems__(list(range(start, start + self.batch_size))))
         self.optimizer.vote_by(self.ballot if communicate else None)
         began = time.perf_counter()
-        with nullcontext() if communicate else self.model.no_sync():
+        with (
+            self.model.no_sync()
+            if isinstance(self.model, DistributedDataParallel) and not communicate
+            else nullcontext()
+        ):
             self.loss(batch).backward()
         if self.clip is not None:
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
@@ -154,7 +194,38 @@ class Run:
     @torch.no_grad()
     def validation_loss(self, windows: int) -> float:
         tokens, targets = inputs_and_targets(self.held_out.__getitems__(list(range(windows))))
-        return F.cross_entropy(self.model.module(tokens).flatten(0, 1), targets.flatten()).item()
+        return F.cross_entropy(self.model(tokens).flatten(0, 1), targets.flatten()).item()
+
+
+class Run(Worker):
+    """One of several processes that train together by one method.
+
+    Args:
+        method: a name of :data:`TIMED`.
+        size: of the GPT.
+        batch_size: windows per worker and step.
+        context: tokens in a window.
+        lr: of StoSignSGD.
+        seed: of the weights, the noise and the order of the data.
+    """
+
+    def __init__(
+        self, method: str, size: Size, batch_size: int, context: int = CONTEXT, lr: float = 2e-3, seed: int = 0
+    ) -> None:
+        bucket_cap_mb = BUCKET_CAP_MB if method.startswith("sign") else None  # SignDDPStrategy's and DDP's default
+        model = DistributedDataParallel(gpt(size, seed), bucket_cap_mb=bucket_cap_mb)
+        super().__init__(
+            model,
+            TIMED[method](model),
+            dist.get_rank(),
+            dist.get_world_size(),
+            batch_size=batch_size,
+            context=context,
+            lr=lr,
+            seed=seed,
+            # Signs of gradients are averaged to something much longer than the gradient.
+            clip=None if method.startswith("sign") else CLIP,
+        )
 
     def replicas_are_identical(self) -> bool:
         """Whether all workers have the same weights, bit for bit."""

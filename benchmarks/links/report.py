@@ -46,7 +46,8 @@ class Report:
                 baseline = self.store.value(key._replace(method=self.baseline), "bytes_a_step")
                 ratio = f" ({baseline / ours:.1f}x)" if ours and baseline else ""
                 cells.append(f"{ours / 1e3:,.0f} kB{ratio}" if ours else "-")
-            rows.append([method, *cells])
+            if any(cell != "-" for cell in cells):
+                rows.append([method, *cells])
         return table(["method", *(f"{SIZES[size]} values, {workers} workers" for size, workers in columns)], rows)
 
     def seconds_without(self, size: str) -> float:
@@ -71,7 +72,8 @@ class Report:
                 baseline = self.store.value(key._replace(method=self.baseline), "seconds_exposed")
                 ratio = f" (1/{baseline / ours:.1f})" if ours and baseline and 0 < ours < baseline else ""
                 cells.append("-" if ours is None else f"{ours:.2f} s{ratio}")
-            rows.append([method, *cells])
+            if any(cell != "-" for cell in cells):
+                rows.append([method, *cells])
         sizes = sorted({size for size, _ in columns})
         without = ", ".join(f"{self.seconds_without(size):.2f} s with {SIZES[size]} values" for size in sizes)
         head = ["communication adds", *(f"{SIZES[size]} values, {mbit:g} Mbit/s" for size, mbit in columns)]
@@ -216,7 +218,8 @@ def write(store: Store, folder: Path, methods: Sequence[str], baseline: str, unc
             "Each method at its own best learning rate, of a grid by factors of 2 with a worse rate on either side."
             " Mean and standard error over seeds. 4 x 128 tokens per worker and step, warm-up over a tenth of the steps"
             " and linear decay to a tenth of the rate. Gradients are clipped to norm 1: the average gradient, or each"
-            " worker's own where workers vote on updates; not where the gradient is made of signs.",
+            " worker's own where workers vote on updates; not where the gradient is made of signs. In simulated"
+            " runs each worker is a thread of one process, with the same bits (tests/benchmarks/test_simulation.py).",
             report.quality(),
         ]
     text = "\n\n".join(sections) + "\n"

@@ -15,7 +15,7 @@ class Key(NamedTuple):
         size: of the GPT.
         workers: number of hosts.
         mbit: the link's rate in Mbit/s; None: not limited.
-        method: a name of ``METHODS``.
+        method: a name of ``TIMED``.
         lr: the learning rate, where several were tried; else None.
         seed: of the run.
     """

@@ -89,12 +89,10 @@ def loss(
 
 
 def quality(methods: list[str], size: Size, steps: int, batch_size: int, lr: float, seed: int) -> Iterator[Found]:
-    """Yield each method's validation loss after so many steps, with a warm-up over a tenth and a linear decay."""
+    """Yield each method's validation loss after so many steps."""
     for method in methods:
         run = Run(method, size, batch_size, lr=lr, seed=seed)
-        for step in range(steps):
-            run.optimizer.param_groups[0]["lr"] = lr * min(10 * (step + 1) / steps, 1 - 0.9 * step / steps)
-            run.step()
+        run.train(steps, lr)
         (value,) = mean_of_workers(run.validation_loss(windows=128))
         identical = float(run.replicas_are_identical())
         yield None, method, [(steps, "validation_loss", value), (steps, "replicas_identical", identical)]

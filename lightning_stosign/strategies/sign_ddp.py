@@ -1,7 +1,8 @@
 """SignDDPStrategy: data-parallel training that sends one bit per coordinate."""
 
 import atexit
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from typing import Any, Literal, get_args
 
@@ -186,6 +187,7 @@ class SignDDPStrategy(DDPStrategy):
         self.log_agreement = log_agreement
         self.seed = seed
         self._exchange: SignExchange | None = None
+        self._frozen: dict[Tensor, str] = {}  # when DDP wrapped the model: its reducer does not know them
         self._ballots: list[UpdateBallot] = []
         self._restored: Mapping[str, Any] | None = None
         self._restored_from: Any = None
@@ -222,6 +224,7 @@ class SignDDPStrategy(DDPStrategy):
         self._check_compressed(params, compressed)
         if self.signs_of == "updates":
             return
+        self._frozen = {param: name for name, param in params.items() if not param.requires_grad}
         self._exchange = SignExchange(
             params,
             compressed,
@@ -313,7 +316,12 @@ class SignDDPStrategy(DDPStrategy):
         model: LightningModule | nn.Module | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Perform the optimizer step, and log how many bytes it sent."""
+        """Perform the optimizer step, and log how many bytes it sent.
+
+        Raises:
+            RuntimeError: with votes on gradients, a parameter was frozen when DDP wrapped the model and no longer is.
+        """
+        self._refuse_unfrozen(optimizer)
         output = super().optimizer_step(optimizer, closure, model, **kwargs)
         ballot = next((b for ours, b in zip(self.optimizers, self._ballots, strict=False) if ours is optimizer), None)
         exchange = self._exchange or ballot
@@ -322,6 +330,31 @@ class SignDDPStrategy(DDPStrategy):
             if ballot is not None and self.log_agreement:
                 self.lightning_module.log(AGREEMENT_TAG, ballot.agreement())
         return output
+
+    def _refuse_unfrozen(self, optimizer: Optimizer) -> None:
+        params = [param for group in optimizer.param_groups for param in group["params"]] if self._frozen else []
+        unfrozen = [self._frozen[param] for param in params if param.requires_grad and param in self._frozen]
+        if unfrozen:
+            raise RuntimeError(
+                f"SignDDPStrategy(signs_of='gradients'): {', '.join(unfrozen)} had requires_grad=False when DDP "
+                "wrapped the model, so workers do not exchange the gradients and would drift apart. Use "
+                "signs_of='updates', or freeze parameters only after the fit has begun"
+            )
+
+    @contextmanager
+    def block_backward_sync(self) -> Iterator[None]:
+        """Accumulate gradients without an exchange.
+
+        Raises:
+            ValueError: with votes on gradients and ``static_graph=True``, for which torch's DDP fails.
+        """
+        if self.signs_of == "gradients" and self._ddp_kwargs.get("static_graph"):
+            raise ValueError(
+                "SignDDPStrategy(signs_of='gradients', static_graph=True) cannot accumulate gradients: torch's DDP "
+                "fails. Leave out static_graph=True, or use accumulate_grad_batches=1"
+            )
+        with super().block_backward_sync():
+            yield
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
         """Save a checkpoint with the count of steps and what differs between workers: their states or residuals.

@@ -1,4 +1,5 @@
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+TESTS = Path(__file__).parents[1]
+sys.path[:0] = [str(TESTS.parent / "benchmarks"), str(TESTS / "strategies")]  # the latter for its worker processes

@@ -128,6 +128,13 @@ def variants(rank, workers, folder):
     results["bfloat16 autocast"] = outcome(*fit(workers, on_gradients("mean"), 6, precision="bf16-mixed"))
     results["manual"] = outcome(*fit(workers, on_gradients(), 6, net=Manual))
 
+    results["accumulated"] = outcome(*fit(workers, on_gradients(), 6, accumulate_grad_batches=2))
+    for name, strategy in {"static graph": on_gradients(static_graph=True), "thawed": on_gradients()}.items():
+        net, options = (Net, {"accumulate_grad_batches": 2}) if name == "static graph" else (Thawing, {"batches": 2})
+        with pytest.raises((ValueError, RuntimeError)) as raised:
+            fit(workers, strategy, 6, net=net, **options)
+        results[f"{name}: refused"] = str(raised.value)
+
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     plugin = MixedPrecision("16-mixed", "cpu", scaler)
     overflowing, trainer = fit(workers, on_gradients("mean"), 6, net=Overflows, plugins=[plugin])
@@ -151,6 +158,16 @@ class Unused(Net):
 
     def used_heads(self, batch_idx):
         return [self.heads[1 if self.global_rank == 0 and batch_idx % 3 == 0 else 2]]
+
+
+class Thawing(Net):
+    """Frozen in part when DDP wraps the model."""
+
+    def configure_model(self):
+        self.body.requires_grad_(False)
+
+    def on_train_epoch_start(self):
+        self.body.requires_grad_(self.current_epoch == 2)
 
 
 class Manual(Net):
@@ -198,7 +215,17 @@ def short_fits(folder):
 
 @pytest.mark.parametrize(
     "variant",
-    ["static graph", "bucket views", "usual", "bfloat16 autocast", "manual", "grad scaler", "whole", "resumed"],
+    [
+        "static graph",
+        "bucket views",
+        "usual",
+        "accumulated",
+        "bfloat16 autocast",
+        "manual",
+        "grad scaler",
+        "whole",
+        "resumed",
+    ],
 )
 def test_replicas_agree(short_fits, variant):
     first, second = (result[variant]["weights"] for result in short_fits)
@@ -210,6 +237,19 @@ def test_replicas_agree(short_fits, variant):
 def test_way_of_running_backward_does_not_change_the_result(short_fits, variant):
     for name, weight in short_fits[0]["usual"]["weights"].items():
         assert torch.equal(weight, short_fits[0][variant]["weights"][name]), name
+
+
+def test_static_graph_with_accumulation_is_refused_where_torch_fails(short_fits):
+    message = "static_graph=True) cannot accumulate gradients: torch's DDP fails. Leave out static_graph=True"
+    assert all(message in result["static graph: refused"] for result in short_fits)
+
+
+def test_parameters_unfrozen_after_ddp_wrapped_the_model_are_refused_by_name(short_fits):
+    for result in short_fits:
+        assert (
+            "body.0.weight, body.0.bias, body.2.weight, body.2.bias had requires_grad=False"
+            in result["thawed: refused"]
+        )
 
 
 def test_grad_scaler_of_every_worker_skips_the_step_in_which_one_overflows(short_fits):

@@ -94,6 +94,10 @@ def ways_to_train(rank, workers, folder):
     results["bfloat16 autocast"] = outcome(*fit(workers, "sign_ddp_mean", 10, precision="bf16-mixed"))
     results["two optimizers"] = outcome(*fit(workers, "sign_ddp_mean", 10, net=Two))
     results["unused"] = outcome(*fit(workers, "sign_ddp_mean", 10, net=Unused, **CLIPPED))
+    for option in ("static_graph", "find_unused_parameters"):
+        net = Unused if option == "find_unused_parameters" else Net
+        strategy = SignDDPStrategy(**{option: True})  # says that it has no effect
+        results[option] = outcome(*fit(workers, strategy, 10, net=net, **CLIPPED))
     results["mixin"] = outcome(*fit(workers, "sign_ddp", 10, net=Mixed))
     results["thawed"] = outcome(*fit(workers, "sign_ddp_mean", 10, net=OnlyTrainable, batches=2, callbacks=[Thaw()]))
     results["batch norm"] = outcome(*fit(workers, "sign_ddp_mean", 10, net=Buffered))
@@ -124,6 +128,7 @@ def fits(folder):
 
 
 WAYS = ["majority", "mean", "manual", "bfloat16 autocast", "two optimizers", "unused", "mixin", "thawed", "batch norm"]
+WAYS += ["static_graph", "find_unused_parameters"]
 
 
 @pytest.mark.parametrize("way", [*WAYS, "whole", "resumed", "resumed from own files"])
