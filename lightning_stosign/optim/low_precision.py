@@ -206,9 +206,10 @@ class LowPrecisionOptimizer(VotedSteps):
 
     def _job(self, index: int, param: Tensor, group: dict[str, Any], numbers: Numbers) -> Job:
         state, spec = self.state[param], group["state_precision"]
-        if state and self._stored_in.get(param, spec) != spec:
-            self._refuse_other_storage(param, state, group)
-        self._stored_in[param] = spec
+        if (stored_in := self._stored_in.get(param)) is not spec:
+            if state and stored_in is not None and stored_in != spec:
+                self._refuse_other_storage(param, state, group)
+            self._stored_in[param] = spec
         precision = precision_of(state, group)
         if precision is not None and not precision.applies_to(param):
             precision = None
@@ -260,11 +261,8 @@ class LowPrecisionOptimizer(VotedSteps):
     def _steps_taken(self, param: Tensor) -> int:
         """Return how many steps a parameter has taken; on an accelerator without reading it there, if it is known."""
         step = self.state[param]["step"]
-        if param in self._counts:
-            known, version, count = self._counts[param]
-            if known is step and version == step._version:
-                return count
-        return int(step)
+        known, version, count = self._counts.get(param, (None, 0, 0))
+        return count if known is step and version == step._version else int(step)
 
     def _advance(self, params: Sequence[Tensor], found_inf: Tensor | None = None) -> None:
         """Count a step, unless it is found that it was not taken."""

@@ -100,8 +100,7 @@ def nonfinite(tensors: Sequence[Tensor]) -> Tensor:
         found = array("B", bytes(len(numbers)))
         look = library.nonfinite32 if dtype.itemsize == 4 else library.nonfinite16
         look(_address(addresses), _address(numel), len(numbers), _INFINITY[dtype], _address(found), _threads(numel))
-        for i, flag in zip(numbers, found, strict=True):
-            flags[i] = bool(flag)
+        flags[torch.tensor(numbers, device="cpu")] = torch.frombuffer(found, dtype=torch.bool)
     return flags
 
 
@@ -126,6 +125,8 @@ def _contiguous(job: Job) -> list[Tensor]:
 def _segments(job: Job) -> list[tuple[int, int]]:
     """Return (first value, values) of the pieces whose noise has one key."""
     start, total = job.start or 0, job.param.numel()
+    if start % SEGMENT + total <= SEGMENT:
+        return [(0, total)]
     ends = [*range(SEGMENT - start % SEGMENT, total, SEGMENT), total]
     return [(first, end - first) for first, end in zip([0, *ends], ends, strict=False)]
 

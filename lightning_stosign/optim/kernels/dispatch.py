@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_stosign._torch_private import foreach_copy
 from lightning_stosign._user_code import warn_user
 from lightning_stosign.optim.kernels import cpu, eager, triton_step
-from lightning_stosign.optim.kernels.job import Job, Kind
+from lightning_stosign.optim.kernels.job import SEGMENT, Job, Kind
 from lightning_stosign.optim.numerics.rounding import power_of_two_scale
 from lightning_stosign.optim.sharding import max_over_shards
 from lightning_stosign.optim.states.storage import largest_as_stored, largest_number
@@ -24,7 +24,11 @@ class Backend(Protocol):
     """Values in all the parameters to update from which on the backend is the default."""
 
     def refusal(self, job: Job) -> str | None:
-        """Return why the backend does not take a job, or None if it does; "" if the user has been told already."""
+        """Return why the backend does not take a job, or None if it does; "" if the user has been told already.
+
+        The answer holds for all jobs of its kind, dtypes and device, with a ``start`` or without, that have more than
+        ``SEGMENT`` values or not: others of these are not asked about.
+        """
 
     def largest(self, jobs: Sequence[Job]) -> Tensor:
         """Look at jobs of one kind, numbers and dtypes, and change nothing.
@@ -63,23 +67,31 @@ class Batch:
 
 def choose(jobs: Sequence[Job]) -> list[Batch]:
     """Return which backend does which of a step's jobs."""
-    total = sum([job.param.numel() for job in jobs])
-    batches: dict[Any, Batch] = {}
+    total = 0
+    alike: dict[Any, list[Job]] = {}
     for job in jobs:
-        backend: Backend = eager
-        candidate = None if job.fused is False else BACKENDS.get(job.param.device.type)
-        if candidate is not None and (job.fused or total >= candidate.WORTH):
-            refusal = candidate.refusal(job)
-            if refusal is None:
-                backend = candidate
-            elif job.fused and refusal:
-                _say_once(refusal)
-        key = id(backend), id(job.kind), id(job.numbers), job.param.dtype, job.grad.dtype, job.param.device
-        if key in batches:
-            batches[key].jobs.append(job)
-        else:
-            batches[key] = Batch(backend, [job])
+        param, numel = job.param, job.param.numel()
+        total += numel
+        together = id(job.kind), id(job.numbers), param.dtype, job.grad.dtype, param.device
+        alike.setdefault((*together, job.fused, job.start is None, numel > SEGMENT), []).append(job)
+    batches: dict[Any, Batch] = {}
+    for (*key, _, _, _), group in alike.items():
+        backend = _backend_for(group[0], total)
+        batches.setdefault((id(backend), *key), Batch(backend, [])).jobs.extend(group)
     return list(batches.values())
+
+
+def _backend_for(job: Job, total: int) -> Backend:
+    """Return the backend of a job in a step of ``total`` values."""
+    candidate = None if job.fused is False else BACKENDS.get(job.param.device.type)
+    if candidate is None or not (job.fused or total >= candidate.WORTH):
+        return eager
+    refusal = candidate.refusal(job)
+    if refusal is None:
+        return candidate
+    if job.fused and refusal:
+        _say_once(refusal)
+    return eager
 
 
 def look(batches: Sequence[Batch], *, at_gradients: bool = True) -> None:
