@@ -83,18 +83,14 @@ def _write_event(
             return None
         return SummaryMetadata(summary_description=text, plugin_data=SummaryMetadata.PluginData(plugin_name=plugin))
 
-    values = [
-        Summary.Value(tag=prefix + tag, simple_value=value, metadata=metadata(tag, scalar_plugin.PLUGIN_NAME))
-        for tag, value in metrics.items()
-    ]
+    summary = Summary()
+    for tag, value in metrics.items():
+        summary.value.add(tag=prefix + tag, simple_value=value, metadata=metadata(tag, scalar_plugin.PLUGIN_NAME))
     edges = log10_bin_edges().numpy()
-    values += [
-        Summary.Value(
-            tag=prefix + tag, histo=_histogram(counts, edges), metadata=metadata(tag, histogram_plugin.PLUGIN_NAME)
-        )
-        for tag, counts in histograms.items()
-    ]
-    logger.experiment._get_file_writer().add_summary(Summary(value=values), step)
+    for tag, counts in histograms.items():
+        histogram = _histogram(counts, edges)
+        summary.value.add(tag=prefix + tag, histo=histogram, metadata=metadata(tag, histogram_plugin.PLUGIN_NAME))
+    logger.experiment._get_file_writer().add_summary(summary, step)
 
 
 def _histogram(counts: Sequence[float], edges: NDArray[np.float64]) -> HistogramProto:

@@ -6,6 +6,7 @@ those of the functions for single tensors, one per row.
 
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Iterator, Sequence
+from functools import lru_cache
 from typing import TypeVar
 
 import torch
@@ -137,6 +138,7 @@ def rows_update(before: Tensor, after: Tensor, lr: float | Tensor, weight_decay:
     return _row_squares(step) / lr**2 * (moved > 0)
 
 
+@lru_cache(maxsize=1024)
 def _rounding(numel: int, format: str, degree: int) -> Rounding:
     return Rounding(Layout(numel), StatePrecision.parse(format), degree)
 

@@ -27,18 +27,31 @@ def nominal_change(
         >>> nominal_change("exp_avg_sq", torch.tensor([2.0]), {"betas": (0.9, 0.75)}, torch.tensor([1.0]))
         tensor([-0.2500])
     """
-    if name not in _NEXT:
-        return None
-    read_decay, change = _NEXT[name]
     if decay is None:
-        decay = read_decay(group)
-    if decay is None:
+        decay = decay_of(name, group)
+    if decay is None or name not in _NEXT:
         return None
+    _, change = _NEXT[name]
     if grad is None:
         grad = value.new_zeros(())
     elif group.get("maximize", False):
         grad = -grad
     return change(value, grad.to(value.dtype), decay, group)
+
+
+def decay_of(name: str, group: Mapping[str, Any]) -> float | None:
+    """Return the decay of a state's average by its usual option; None where :func:`nominal_change` knows no such state.
+
+    Args:
+        name: the state's name in ``optimizer.state``.
+        group: the param group.
+    """
+    return _NEXT[name][0](group) if name in _NEXT else None
+
+
+def is_known(name: str) -> bool:
+    """Whether :func:`nominal_change` knows a state of this name."""
+    return name in _NEXT
 
 
 def _beta(index: int) -> Callable[[Mapping[str, Any]], float | None]:

@@ -1,15 +1,15 @@
 """Readers: the moments of any torch optimizer, as float32 values, and the part each plays in the update."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from lightning_stosign.health.changes import nominal_change
+from lightning_stosign.health.changes import decay_of, is_known, nominal_change
 from lightning_stosign.health.forecast import Change
 from lightning_stosign.health.rules import UpdateRule, update_rule
 from lightning_stosign.health.sharding import Layout, localize
@@ -132,17 +132,43 @@ def _changes(
             continue
         read_decay = rule.decays.get(name)
         decay = None if read_decay is None else read_decay(group)
-        # Whether there is one shows on no values at all.
-        if nominal_change(name, value.reshape(-1)[:0], group, flat_grad[:0], decay=decay) is None:
-            continue
-
-        changes[name] = partial(_change, name, value.reshape(-1), group, flat_grad, decay)
+        if decay is None:
+            decay = decay_of(name, group)
+        if decay is not None and is_known(name):
+            changes[name] = _NominalChange(name, value.reshape(-1), group, flat_grad, decay)
     return changes
 
 
-def _change(
-    name: str, value: Tensor, group: Mapping[str, Any], grad: Tensor, decay: float | None, part: slice
-) -> Tensor:
-    added = nominal_change(name, value[part], group, grad[part], decay=decay)
-    assert added is not None
-    return added
+@dataclass(frozen=True, eq=False)
+class _NominalChange:
+    """The nominal change of a state, of the flat values that are asked for."""
+
+    name: str
+    value: Tensor
+    group: Mapping[str, Any]
+    grad: Tensor
+    decay: float
+
+    def __call__(self, part: slice) -> Tensor:
+        return self.of(self.value[part], self.grad[part])
+
+    def of(self, value: Tensor, grad: Tensor) -> Tensor:
+        added = nominal_change(self.name, value, self.group, grad, decay=self.decay)
+        assert added is not None
+        return added
+
+
+def changes_of_rows(changes: Sequence[Change], rows: Tensor) -> Tensor:
+    """Return the changes of states of one size and name, a row each; at once where the options are the same.
+
+    Args:
+        changes: of :attr:`Moments.changes`.
+        rows: the states' values, ``[states, numel]``.
+    """
+    first = changes[0]
+    if isinstance(first, _NominalChange) and all(
+        isinstance(each, _NominalChange) and each.group is first.group and each.decay == first.decay for each in changes
+    ):
+        grads = torch.stack([each.grad for each in changes if isinstance(each, _NominalChange)])
+        return first.of(rows, grads)
+    return torch.stack([each(slice(None)) for each in changes])

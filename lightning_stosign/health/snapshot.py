@@ -30,7 +30,7 @@ from lightning_stosign.health.magnitudes import (
     magnitude_counts,
     quantiles_of_cumulative,
 )
-from lightning_stosign.health.readers import Moments
+from lightning_stosign.health.readers import Moments, changes_of_rows
 from lightning_stosign.health.sharding import Layout, localize
 from lightning_stosign.health.statistics import (
     abs_max,
@@ -250,7 +250,7 @@ class Snapshot:
             if self._forecast:
                 change = None
                 if name in first.changes:
-                    change = stack(moments.changes[name](slice(None)) for moments in alike)
+                    change = changes_of_rows([moments.changes[name] for moments in alike], rows)
                 for format in self._forecast:
                     forecast = rows_forecast(rows, statistics, format, state_degree(name), change)
                     for kind, share in (("underflow", forecast.underflow), ("stalled", forecast.stalled)):
