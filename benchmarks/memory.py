@@ -1,6 +1,6 @@
 """How many bytes per parameter training needs: weights, gradients and optimizer states, counted and measured.
 
-python benchmarks/memory.py                              # 43 M parameters: needs 2 GB
+python benchmarks/memory.py                              # 38 M parameters: needs 2 GB
 python benchmarks/memory.py --methods '["*release*"]' --layers 2 --width 256
 
 Each method trains the same GPT for some steps in a process of its own, in a Lightning Trainer. Bytes per parameter:
@@ -11,14 +11,14 @@ Each method trains the same GPT for some steps in a process of its own, in a Lig
 Linux and CPU only: resident memory and its peak come from /proc.
 """
 
-import json
 import logging
+import multiprocessing
 import os
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -73,13 +73,13 @@ class Method:
 METHODS = {
     "AdamW, mixed precision": Method(_adamw, "bf16-mixed"),
     "AdamW, bfloat16": Method(_adamw),
-    "torchao AdamW8bit, bfloat16": Method(_torchao),
     "StoSignSGD, bfloat16, fp8": Method(_ours("stosign", "fp8")),
     "StoSignSGD, bfloat16, fp4-block": Method(_ours("stosign", "fp4-block:stochastic_rounding=true")),
     "MuonSign, bfloat16, fp8": Method(_ours("muon-sign", "fp8")),
     "StoSignSGD, bfloat16, fp8, release": Method(_ours("stosign", "fp8", True)),
     "StoSignSGD, bfloat16, fp4-block, release": Method(_ours("stosign", "fp4-block:stochastic_rounding=true", True)),
     "MuonSign, bfloat16, fp8, release": Method(_ours("muon-sign", "fp8", True)),
+    "torchao AdamW8bit, bfloat16": Method(_torchao),
 }
 
 
@@ -164,27 +164,21 @@ def fit(method: Method, layers: int, width: int) -> dict[str, float]:
     return {"parameters": count, **{name: value / count for name, value in total.items()}}
 
 
-def in_process(name: str, layers: int, width: int) -> dict[str, float]:
-    """Train in a process of its own, which gives what it frees back to the system at once."""
-    # A small model first: what libraries load at their first use is not the model's.
-    code = (
-        f"import json, memory; method = memory.METHODS[{name!r}]; memory.fit(method, 1, 64); "
-        f"print(json.dumps(memory.fit(method, {layers}, {width})))"
-    )
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
-    result = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code],
-        cwd=Path(__file__).parent,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    if result.returncode != 0:
-        raise RuntimeError(f"{name} failed:\n{result.stderr}")
-    return json.loads(result.stdout.splitlines()[-1])
+def measure(name: str, layers: int, width: int) -> dict[str, float]:
+    """Return a method's bytes per parameter, in a process of its own."""
+    fit(METHODS[name], 1, 64)  # what libraries load at their first use is not the model's
+    return fit(METHODS[name], layers, width)
 
 
-def benchmark(methods: Sequence[str] = ("*",), layers: int = 6, width: int = 768) -> None:
+def processes() -> ForkServerContext:
+    """Return what starts processes that give what they free back to the system at once."""
+    os.environ.update(MALLOC_MMAP_THRESHOLD_="65536", MALLOC_ARENA_MAX="1")  # read when a process starts
+    context = multiprocessing.get_context("forkserver")  # forked from one that has imported all that they need
+    context.set_forkserver_preload(["memory"])
+    return context
+
+
+def benchmark(methods: Sequence[str] = ("*",), layers: int = 12, width: int = 512) -> None:
     """Print the table.
 
     Args:
@@ -195,11 +189,12 @@ def benchmark(methods: Sequence[str] = ("*",), layers: int = 6, width: int = 768
     chosen = [name for name in METHODS if any(fnmatch(name, pattern) for pattern in methods)]
     if not chosen:
         raise ValueError(f"methods={list(methods)} match none; accepted: {', '.join(METHODS)}, or patterns")
-    columns = ("weights", "gradients", "states")
+    context, columns = processes(), ("weights", "gradients", "states")
     print(f"bytes per parameter; cpu, torch {torch.__version__}")
     print(f"{'':42}{''.join(f'{column:>10}' for column in (*columns, 'sum', 'resident'))}")
     for name in chosen:
-        found = in_process(name, layers, width)
+        with context.Pool(1) as pool:
+            found = pool.apply(measure, (name, layers, width))
         values = [found[column] for column in columns]
         cells = "".join(f"{value:10.2f}" for value in (*values, sum(values), found["resident"]))
         print(f"{name:42}{cells}", flush=True)

@@ -32,6 +32,7 @@ ABLATIONS = (
     "StoSignSGD, beta2 = 0.95",
     "StoSignSGD, m_1 = g_1",
 )
+MUON_SIGN_RATES = ("MuonSign, rest at half the rate", "MuonSign, rest at twice the rate")
 
 # Where the search for a learning rate begins; it goes on by factors of 2 until the best has a worse one on either side.
 STARTS = {
@@ -200,6 +201,8 @@ class Study:
             yield self.results("another text", self.pairs(compared, corpus=self.corpus))
         self.tune(("AdamW", OURS), longer, steps=LONGEST * self.scale.steps)
         yield "the longest runs"
+        rest = dict.fromkeys(("MuonSign", *MUON_SIGN_RATES), best["MuonSign"])
+        yield self.results("Muon's partner", self.pairs(rest, gemm="float32"))
         every = self.pairs(best)
         yield self.results("FP8 states of every method, one seed", [run for run in every if run.seed == 0])
         if self.scale.task != LARGER:

@@ -19,6 +19,7 @@ from evidence.study import (
     LONGER,
     LONGEST,
     METHODS,
+    MUON_SIGN_RATES,
     OTHER_STATES,
     OURS,
     SMALL_STEPS,
@@ -147,6 +148,19 @@ class Tables:
                 if losses.values:
                     rows.append((method, states, losses, difference(losses, self.fp8(method))))
         return markdown(("method", "states", "validation loss", "above float32"), rows)
+
+    def muon(self) -> str:
+        """Return Muon with each partner, and AdamW, at the learning rates tried with FP8 states; float32 products."""
+        rows = []
+        for method in ("AdamW", "Muon", "MuonSign", *MUON_SIGN_RATES):
+            settings = {"steps": self.scale.steps, "task": self.scale.task, "corpus": STDLIB, "gemm": "float32"}
+            with_fp8 = {run.lr for run in self.store.losses(method=method, states=FP8, **settings)}
+            for lr in sorted(with_fp8 or {self.best_lr(method)}):
+                full, low = self.losses(method, lr), self.losses(method, lr, states=FP8)
+                if full.values or low.values:
+                    seeds = max(len(full.values), len(low.values))
+                    rows.append((method, f"{lr:g}", full, low, difference(low, full), seeds))
+        return markdown(("method", "peak lr", "float32 states", "FP8 states", "difference", "seeds"), rows)
 
     def ablations(self) -> str:
         """Return the variants of StoSignSGD, each at its best learning rate, without FP8."""
