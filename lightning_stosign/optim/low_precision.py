@@ -262,7 +262,7 @@ class LowPrecisionOptimizer(VotedSteps):
         """Return how many steps a parameter has taken; on an accelerator without reading it there, if it is known."""
         step = self.state[param]["step"]
         known, version, count = self._counts.get(param, (None, 0, 0))
-        return count if known is step and version == step._version else int(step)
+        return count if known is not None and known is step and version == known._version else int(step)
 
     def _advance(self, params: Sequence[Tensor], found_inf: Tensor | None = None) -> None:
         """Count a step, unless it is found that it was not taken."""
