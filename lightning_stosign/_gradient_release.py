@@ -1,10 +1,12 @@
 """What of a Lightning training rules out that each parameter is updated in the middle of backward."""
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from lightning_stosign._lightning_names import is_a
+from lightning_stosign.precision.float8 import Float8Precision
 
 
 def refuse_unless_releasable(trainer: Trainer, module: LightningModule) -> None:
@@ -19,7 +21,7 @@ def refuse_unless_releasable(trainer: Trainer, module: LightningModule) -> None:
         "GradientAccumulationScheduler": any(c.going_to_accumulate_grad_batches() for c in schedulers),
         f"gradient_clip_val={trainer.gradient_clip_val}": bool(trainer.gradient_clip_val),
         "configure_gradient_clipping of the module": not _is_lightning_s(module, "configure_gradient_clipping"),
-        "a GradScaler (float16)": getattr(trainer.precision_plugin, "scaler", None) is not None,
+        "a GradScaler (float16)": _scales_the_loss(trainer.precision_plugin),
         "manual optimization": not module.automatic_optimization,
         type(trainer.strategy).__name__: not is_a(trainer.strategy, SingleDeviceStrategy),
     }
@@ -29,6 +31,12 @@ def refuse_unless_releasable(trainer: Trainer, module: LightningModule) -> None:
             f"release_gradients=True cannot run with {', '.join(found)}; accepted: one device, automatic optimization, "
             "one batch per step, neither clipping nor a GradScaler"
         )
+
+
+def _scales_the_loss(plugin: object) -> bool:
+    # Float8Precision makes its scaler at the first step.
+    is_half = isinstance(plugin, Float8Precision) and plugin.weights_dtype is torch.float16
+    return is_half or getattr(plugin, "scaler", None) is not None
 
 
 def _is_lightning_s(module: LightningModule, method: str) -> bool:

@@ -11,7 +11,7 @@ from module.mixin_fits import Model, fit, trainer
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from lightning_stosign import SignDDPStrategy, StoSignConfig, StoSignMixin, StoSignSGD
+from lightning_stosign import Float8Precision, SignDDPStrategy, StoSignConfig, StoSignMixin, StoSignSGD
 from lightning_stosign.optim.gradient_release import GradientRelease
 
 CASES = {
@@ -59,6 +59,7 @@ def test_the_weights_and_states_are_those_of_ordinary_steps(name, precision):
         ({"accumulate_grad_batches": 2}, "accumulate_grad_batches=2"),
         ({"callbacks": [GradientAccumulationScheduler({0: 1, 1: 2})]}, "GradientAccumulationScheduler"),
         ({"gradient_clip_val": 1.0}, r"gradient_clip_val=1\.0"),
+        ({"plugins": [Float8Precision("mxfp8", weights_dtype=torch.float16)]}, r"a GradScaler \(float16\)"),
         ({"strategy": SignDDPStrategy(process_group_backend="gloo")}, "SignDDPStrategy"),
         ({"strategy": "ddp"}, "DDPStrategy"),
     ],
