@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from html import escape
 
 from lightning_stosign.inspection.messages import printable
-from lightning_stosign.inspection.report import OptimizerReport, Report
+from lightning_stosign.inspection.report import LayerReport, OptimizerReport, Report
 from lightning_stosign.inspection.rows import (
     Cell,
     headings,
@@ -20,6 +20,7 @@ from lightning_stosign.inspection.rows import (
     total_rows,
 )
 from lightning_stosign.inspection.svg import heat_map, histogram, lines
+from lightning_stosign.optim.states.state_precision import StatePrecision
 
 GENERATOR = '<meta name="generator" content="lightning-stosign inspect">'
 
@@ -105,7 +106,7 @@ def _section(report: Report, optimizer: OptimizerReport) -> Iterator[str]:
     states = [printable(name) for name in optimizer.states]
     names = [f"{name}: zero" for name in states]
     names += [f"{name}: lost in {format}" for name in states for format in report.forecast]
-    yield heat_map(_shares(report, optimizer), [x.parameter.label for x in optimizer.layers], names, _HEAT_TITLE)
+    yield from _heat_map(report, optimizer, names)
     rows = []
     for layer in optimizer.layers:
         for row in layer_rows(report, layer):
@@ -116,9 +117,26 @@ def _section(report: Report, optimizer: OptimizerReport) -> Iterator[str]:
 _HEAT_TITLE = "Share of zeros, and of nonzero values that a format would store as 0"
 
 
-def _shares(report: Report, optimizer: OptimizerReport) -> list[list[float | None]]:
+def _heat_map(report: Report, optimizer: OptimizerReport, columns: Sequence[str]) -> Iterator[str]:
+    """Yield the heat map of the layers that can lose something, and how many cannot."""
+    shown = [layer for layer in optimizer.layers if _can_lose(report, layer)]
+    if shown:
+        labels = [layer.parameter.label for layer in shown]
+        yield heat_map(_shares(report, optimizer, shown), labels, columns, _HEAT_TITLE)
+    hidden = len(optimizer.layers) - len(shown)
+    if hidden:
+        yield f"<p>{hidden} parameters without zeros are too small to be stored in these formats, and lose nothing.</p>"
+
+
+def _can_lose(report: Report, layer: LayerReport) -> bool:
+    """Whether a state has zeros, or is large enough for one of the formats to apply."""
+    smallest = min((StatePrecision.parse(format).min_numel for format in report.forecast), default=0)
+    return any(tally.zeros > 0 or tally.size >= smallest for tally in layer.states.values())
+
+
+def _shares(report: Report, optimizer: OptimizerReport, layers: Sequence[LayerReport]) -> list[list[float | None]]:
     shares: list[list[float | None]] = []
-    for layer in optimizer.layers:
+    for layer in layers:
         tallies = [layer.states.get(name) for name in optimizer.states]
         row = [None if tally is None else tally.zero_fraction for tally in tallies]
         for tally in tallies:

@@ -53,6 +53,7 @@ def hostile_page(tmp_path_factory):
     optimizer = torch.optim.Adam(params)
     for param in params:
         param.grad = torch.ones_like(param)
+        param.grad[0] = 0.0
     optimizer.step()
     lightning_file(
         path,
@@ -76,6 +77,21 @@ def test_the_page_holds_everything_itself(page):
 def test_every_layer_and_state_has_its_row(page):
     for text in ("first.weight", "head.bias", "exp_avg_sq", "all layers", "lost in fp8-raw", "AdamW at lr 0.01"):
         assert text in page
+
+
+def rows_of_heat_map(page):
+    return {
+        label.partition(",")[0] for label in re.findall(r"<title>([^<]*)</title></rect>", page) if ": zero:" in label
+    }
+
+
+def test_the_heat_map_leaves_out_layers_that_can_lose_nothing(page, tmp_path):
+    assert rows_of_heat_map(page) == {"first.weight"}  # it has zeros; none has min_numel=4096 values
+    assert "3 parameters without zeros are too small to be stored in these formats" in page
+    save(tmp_path / "x.ckpt", Regression("adamw"))
+    every = render_page([inspect_checkpoint(tmp_path / "x.ckpt", ["fp8", "fp8-raw:min_numel=0"])])
+    assert rows_of_heat_map(every) == {"first.weight", "first.bias", "head.weight", "head.bias"}
+    assert "too small" not in every
 
 
 def test_names_in_the_file_are_text(hostile_page):
