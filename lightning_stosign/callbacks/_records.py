@@ -9,7 +9,13 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from numpy.typing import NDArray
-from tensorboard.compat.proto.summary_pb2 import HistogramProto, Summary, SummaryMetadata
+from tensorboard.compat.proto.summary_pb2 import (
+    DATA_CLASS_SCALAR,
+    DATA_CLASS_TENSOR,
+    HistogramProto,
+    Summary,
+    SummaryMetadata,
+)
 from tensorboard.plugins.histogram import metadata as histogram_plugin
 from tensorboard.plugins.scalar import metadata as scalar_plugin
 
@@ -77,19 +83,22 @@ def _write_event(
         metrics = {}
     prefix = tag_prefix(logger)
 
-    def metadata(tag: str, plugin: str) -> SummaryMetadata | None:
+    def metadata(tag: str, plugin: str, data_class: int) -> SummaryMetadata | None:
         text = descriptions.get(tag)
         if not text:
             return None
-        return SummaryMetadata(summary_description=text, plugin_data=SummaryMetadata.PluginData(plugin_name=plugin))
+        # Without its class TensorBoard's fast loader drops the description.
+        plugin_data = SummaryMetadata.PluginData(plugin_name=plugin)
+        return SummaryMetadata(summary_description=text, plugin_data=plugin_data, data_class=data_class)
 
     summary = Summary()
     for tag, value in metrics.items():
-        summary.value.add(tag=prefix + tag, simple_value=value, metadata=metadata(tag, scalar_plugin.PLUGIN_NAME))
+        about = metadata(tag, scalar_plugin.PLUGIN_NAME, DATA_CLASS_SCALAR)
+        summary.value.add(tag=prefix + tag, simple_value=value, metadata=about)
     edges = log10_bin_edges().numpy()
     for tag, counts in histograms.items():
-        histogram = _histogram(counts, edges)
-        summary.value.add(tag=prefix + tag, histo=histogram, metadata=metadata(tag, histogram_plugin.PLUGIN_NAME))
+        about = metadata(tag, histogram_plugin.PLUGIN_NAME, DATA_CLASS_TENSOR)
+        summary.value.add(tag=prefix + tag, histo=_histogram(counts, edges), metadata=about)
     logger.experiment._get_file_writer().add_summary(summary, step)
 
 

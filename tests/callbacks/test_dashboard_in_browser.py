@@ -39,8 +39,8 @@ def _has_read(url):
         return False
 
 
-@pytest.fixture(scope="module")
-def tensorboard(tmp_path_factory):
+@pytest.fixture(scope="module", params=["false", "auto"])  # "auto" is the fast loader, where it is installed
+def tensorboard(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     for name in ("adamw", "stosign"):
         callbacks = [OptimizerDashboard(every_n_steps=1), OptimizerStateMonitor(every_n_steps=1)]
@@ -48,7 +48,14 @@ def tensorboard(tmp_path_factory):
         fit(Regression(name, scale=lambda step: 1e-30), folder / name, max_steps=12, callbacks=callbacks)
     port = find_free_network_port()
     server = subprocess.Popen(
-        [sys.executable, "-m", "tensorboard.main", f"--logdir={folder}", f"--port={port}", "--load_fast=false"],
+        [
+            sys.executable,
+            "-m",
+            "tensorboard.main",
+            f"--logdir={folder}",
+            f"--port={port}",
+            f"--load_fast={request.param}",
+        ],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
