@@ -88,7 +88,8 @@ def write(store: Store, scale: Scale, command: str) -> Path:
         tables.formats(),
         "## Muon with FP8 states",
         "MuonSign is Muon for the matrices and StoSignSGD in expectation for the rest; the row Muon has AdamW for the"
-        " rest. Float32 matrix products. FP8 states of MuonSign are stored, those of the others emulated.",
+        " rest. Float32 matrix products. FP8 states of MuonSign are stored, those of the others emulated. The runs of"
+        " MuonSign orthogonalised in bfloat16, as it does on accelerators; on the CPU it is float32 now.",
         tables.muon(),
         "## Why AdamW fails (the paper's Table 12)",
         collapsed.report if collapsed is not None and collapsed.report else "(not run yet)",
