@@ -26,6 +26,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
@@ -50,11 +51,12 @@ class Forecaster(StoSignMixin, LightningModule):
         self.encoder = nn.TransformerEncoder(layer, 11, enable_nested_tensor=False)
         self.head = nn.Linear(64, 16)
 
-    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        return (self.head(self.encoder(self.embed(batch[:, :-1]))) - batch[:, 1:]).square().mean()
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        (series,) = batch
+        return (self.head(self.encoder(self.embed(series[:, :-1]))) - series[:, 1:]).square().mean()
 
     def train_dataloader(self) -> Any:
-        return torch.randn(64, 32, 65, 16).cumsum(2).unbind()
+        return DataLoader(TensorDataset(torch.randn(32 * 64, 65, 16).cumsum(1)), batch_size=32)
 
 
 class Turns(Callback):
