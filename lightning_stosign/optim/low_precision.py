@@ -15,7 +15,7 @@ from lightning_stosign.optim.base import Updates, check_choice, loss_of
 from lightning_stosign.optim.kernels import dispatch
 from lightning_stosign.optim.kernels.deferred import DeferredCheck, defers
 from lightning_stosign.optim.kernels.job import Job, Kind, Numbers
-from lightning_stosign.optim.numerics.noise import noise_key
+from lightning_stosign.optim.numerics.noise import Stream, noise_key, uniform_noise
 from lightning_stosign.optim.sharding import local, max_over_shards
 from lightning_stosign.optim.states.state_precision import (
     FLOAT32,
@@ -26,7 +26,7 @@ from lightning_stosign.optim.states.state_precision import (
 )
 from lightning_stosign.optim.states.storage import init_state
 from lightning_stosign.optim.voted_step import VotedSteps, worker_seed
-from lightning_stosign.optim.voting import Entry
+from lightning_stosign.optim.voting import Ballot, Entry
 
 
 class LowPrecisionOptimizer(VotedSteps):
@@ -166,12 +166,24 @@ class LowPrecisionOptimizer(VotedSteps):
     def _gives_signs(self, group: dict[str, Any]) -> bool:
         return self._kind(group, FLOAT32, False).gives_signs
 
-    def _write_signs(self, entries: Sequence[Entry], rooms: Sequence[Tensor], rank: int) -> None:
-        # The room stands in for the parameter: with learning rate -1 and no decay it becomes the sign itself. So votes
-        # need no kernels of their own.
+    def _write_signs(self, entries: Sequence[Entry], rooms: Sequence[Tensor], ballot: Ballot) -> None:
+        if ballot.noise == 1 or "stochastic" not in self.defaults:
+            self._write_updates(entries, rooms, ballot.rank)
+            return
+        ratios = [torch.zeros_like(room) for room in rooms]
+        self._write_updates(entries, ratios, ballot.rank, stochastic=False)
+        for entry, room, ratio in zip(entries, rooms, ratios, strict=True):
+            # sign(m_t / G_t + c n_t)
+            key = noise_key(worker_seed(entry.group, ballot.rank), entry.step, entry.index, Stream.UPDATE)
+            n = uniform_noise(key, ratio.numel(), device=ratio.device).view(ratio.shape)
+            room.copy_(torch.where(ratio == 0, room, n.mul_(ballot.noise).add_(ratio).sign_()))
+
+    def _write_updates(self, entries: Sequence[Entry], rooms: Sequence[Tensor], rank: int, **options: Any) -> None:
+        """Update this worker's states and add its updates at learning rate 1, by changed options of its groups."""
+        # The room stands in for the parameter: with learning rate -1 and no decay. So votes need no kernels.
         groups: dict[int, dict[str, Any]] = {}
         updates = [
-            (entry.index, entry.param, groups.setdefault(id(entry.group), _of_signs(entry.group, rank)))
+            (entry.index, entry.param, groups.setdefault(id(entry.group), _of_signs(entry.group, rank) | options))
             for entry in entries
         ]
         self._run([replace(job, whole=room, param=room) for job, room in zip(self._jobs(updates), rooms, strict=True)])

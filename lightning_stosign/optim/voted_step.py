@@ -24,13 +24,13 @@ class VotedSteps(StrictOptimizer):
         """Do what a step on parameters that are voted on must do for all of them at once."""
 
     @abstractmethod
-    def _write_signs(self, entries: Sequence[Entry], rooms: Sequence[Tensor], rank: int) -> None:
+    def _write_signs(self, entries: Sequence[Entry], rooms: Sequence[Tensor], ballot: Ballot) -> None:
         """Update this worker's states and write the signs of its updates, with noise of its own.
 
         Args:
             entries: parameters that are voted on.
             rooms: where the signs go, one tensor per entry. An update of exactly zero leaves its value as it is.
-            rank: this worker's.
+            ballot: says this worker's rank and the range of its noise.
         """
 
     @abstractmethod
@@ -70,7 +70,7 @@ class VotedSteps(StrictOptimizer):
         self._begin_vote([entry for entry in entries if entry.voted])
         buckets = ballot.buckets(entries)
         for bucket in buckets:
-            self._propose(bucket, ballot.rank)
+            self._propose(bucket, ballot)
             bucket.start()
         for bucket in buckets:
             bucket.finish()
@@ -103,16 +103,17 @@ class VotedSteps(StrictOptimizer):
                 entries.append(Entry(param, group, index, step, ballot.votes_on(param)))
         return entries
 
-    def _propose(self, bucket: Bucket, rank: int) -> None:
+    def _propose(self, bucket: Bucket, ballot: Ballot) -> None:
         """Write the signs of this worker's updates, and the gradients to be averaged."""
         voted = [entry for entry in bucket.entries if entry.voted]
         for entry in bucket.entries:
             if not entry.voted:
                 bucket.gradient(entry).copy_(_grad(entry))
         rooms = [
-            bucket.direction(entry).fill_(_NO_UPDATE if (entry.step + rank) % 2 else -_NO_UPDATE) for entry in voted
+            bucket.direction(entry).fill_(_NO_UPDATE if (entry.step + ballot.rank) % 2 else -_NO_UPDATE)
+            for entry in voted
         ]
-        self._write_signs(voted, rooms, rank)
+        self._write_signs(voted, rooms, ballot)
 
     def _follow(self, bucket: Bucket) -> None:
         """Step by the votes, and put the averaged gradients in place of this worker's."""

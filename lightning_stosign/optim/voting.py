@@ -55,6 +55,8 @@ class Ballot(Protocol):
 
     rank: int
     """This worker's rank; the noise of its signs depends on it."""
+    noise: float
+    """The range of the noise in its signs, relative to the envelope: in (0, 1]."""
 
     def agree(self, flags: Tensor) -> Tensor:
         """Return the elementwise maximum of all workers' uint8 flags."""

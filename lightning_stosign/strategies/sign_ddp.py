@@ -4,7 +4,7 @@ import atexit
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch.distributed as dist
 from fsspec.core import url_to_fs
@@ -18,7 +18,7 @@ from torch.optim import LBFGS, Optimizer
 from lightning_stosign._lightning_names import adopt, under_both_names
 from lightning_stosign._plain import plain
 from lightning_stosign.optim.alias.alias import ALIAS
-from lightning_stosign.optim.base import check_choice
+from lightning_stosign.optim.base import check_choice, check_number
 from lightning_stosign.optim.voting import VotingOptimizer
 from lightning_stosign.strategies.exchange import BUCKET_CAP_MB, Aggregation, SignExchange, sign_hook
 from lightning_stosign.strategies.own_states import gather, load_mean, load_own, nbytes, own_states
@@ -102,6 +102,10 @@ class SignDDPStrategy(DDPStrategy):
             fewer than two dimensions.
         warmup_steps: number of steps that average all gradients in full precision before the first vote, >= 0.
         log_agreement: measure and log the workers' agreement on updates. Costs one short message per step.
+        noise: the range :math:`c` of the noise in signs of updates, relative to the envelope: the sign is
+            :math:`\mathrm{sign}(m_w + c\, G_w n_w)`. In (0, 1]: 1 is unbiased; less moves further, and on average as
+            far for all :math:`|m_w| \ge c\, G_w`. Many workers average noise out, so that each needs less; try
+            ``workers ** -0.5``. No effect on one worker.
         seed: of the noise in signs of gradients and in ties, in [0, 2**64).
         **ddp_kwargs: for ``DDPStrategy``, e.g. ``timeout``. With votes on updates those of DDP's reducer
             (``find_unused_parameters``, ``static_graph``, ...) have no effect. With votes on gradients
@@ -135,6 +139,7 @@ class SignDDPStrategy(DDPStrategy):
         uncompressed: Sequence[str] = (VECTORS,),
         warmup_steps: int = 0,
         log_agreement: bool = False,
+        noise: float = 1.0,
         seed: int = 0,
         **ddp_kwargs: Any,
     ) -> None:
@@ -153,6 +158,11 @@ class SignDDPStrategy(DDPStrategy):
                 f"{option} needs signs_of='gradients': the signs of updates are made by the optimizer, which keeps "
                 "what they leave out in its momentum"
             )
+        check_number("noise", noise, 0.0, 1.0)
+        if noise == 0:
+            raise ValueError("noise=0 must be in (0, 1]; for plain signs use SignSGD")
+        if noise != 1 and signs_of == "gradients":
+            raise ValueError(f"noise={noise} needs signs_of='updates'")
         if error_feedback and stochastic:
             raise ValueError(
                 "error_feedback=True needs stochastic=False: the error of a stochastic sign is larger than what it "
@@ -185,6 +195,7 @@ class SignDDPStrategy(DDPStrategy):
         self.uncompressed = tuple(uncompressed)
         self.warmup_steps = warmup_steps
         self.log_agreement = log_agreement
+        self.noise = noise
         self.seed = seed
         self._exchange: SignExchange | None = None
         self._frozen: dict[Tensor, str] = {}  # when DDP wrapped the model: its reducer does not know them
@@ -271,6 +282,8 @@ class SignDDPStrategy(DDPStrategy):
                 )
         for optimizer in voting:
             optimizer.vote_by(None)  # raises if its options make its update no sign
+            if self.noise != 1 and "stochastic" not in cast("Optimizer", optimizer).defaults:
+                rank_zero_warn(f"SignDDPStrategy: noise={self.noise} has no effect on {type(optimizer).__name__}.")
         if self.world_size == 1:
             return
         assert isinstance(self.model, DistributedDataParallel)
@@ -284,6 +297,7 @@ class SignDDPStrategy(DDPStrategy):
                 seed=self.seed,
                 warmup_steps=self.warmup_steps,
                 watch=self.log_agreement,
+                noise=self.noise,
             )
             for _ in voting
         ]

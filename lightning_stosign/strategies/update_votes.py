@@ -34,6 +34,7 @@ class UpdateBallot:
         seed: of the coins that decide ties, the same on all workers.
         warmup_steps: how many steps average all gradients before the first vote.
         watch: whether to measure :meth:`agreement`.
+        noise: the range of the noise in the signs, relative to the envelope: in (0, 1].
 
     Raises:
         ValueError: more than 255 workers and no majority: counts of votes are bytes.
@@ -48,10 +49,12 @@ class UpdateBallot:
         seed: int,
         warmup_steps: int,
         watch: bool = False,
+        noise: float = 1.0,
     ) -> None:
         if not by_majority and wire.workers > 255:
             raise ValueError(f"aggregation='mean' counts the votes of at most 255 workers, got {wire.workers}")
         self.rank = wire.rank
+        self.noise = noise
         self.wire = wire
         self.by_majority = by_majority
         self.seed = seed

@@ -89,7 +89,7 @@ def ways_to_train(rank, workers, folder):
     """Two workers: each way must end with finite weights that all workers share."""
     results = {}
     results["majority"] = outcome(*fit(workers, "sign_ddp", 10))
-    results["mean"] = outcome(*fit(workers, SignDDPStrategy("mean", log_agreement=True), 10))
+    results["mean"] = outcome(*fit(workers, SignDDPStrategy("mean", log_agreement=True, noise=0.5), 10))
     results["manual"] = outcome(*fit(workers, "sign_ddp", 10, net=Manual))
     results["bfloat16 autocast"] = outcome(*fit(workers, "sign_ddp_mean", 10, precision="bf16-mixed"))
     results["two optimizers"] = outcome(*fit(workers, "sign_ddp_mean", 10, net=Two))

@@ -33,20 +33,31 @@ def start(dtype=torch.float32):
     return {name: nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for name, shape in SHAPES.items()}
 
 
-def connect(optimizer, *, by_majority, warmup_steps=0):
+def connect(optimizer, *, by_majority, warmup_steps=0, noise=1.0):
     options = {"by_majority": by_majority, "seed": TIE_SEED, "warmup_steps": warmup_steps, "watch": True}
+    options["noise"] = noise
     ballot = UpdateBallot(lambda param: param.ndim > 1, Wire(dist.new_group()), **options)
     optimizer.vote_by(ballot)
     return ballot
 
 
-def train(cls=StoSignSGD, *, by_majority, dtype=torch.float32, connected=True, warmup_steps=0, lacks=None, **options):
+def train(
+    cls=StoSignSGD,
+    *,
+    by_majority,
+    dtype=torch.float32,
+    connected=True,
+    warmup_steps=0,
+    lacks=None,
+    noise=1.0,
+    **options,
+):
     """Take steps by prescribed gradients; return each step's parameters, the bytes sent and the last states."""
     params, rank = start(dtype), dist.get_rank()
     if cls is StoSignSGD:
         options["seed"] = SEED
     optimizer = cls(params.items(), lr=LR, weight_decay=DECAY, **options)
-    ballot = connect(optimizer, by_majority=by_majority, warmup_steps=warmup_steps) if connected else None
+    ballot = connect(optimizer, by_majority=by_majority, warmup_steps=warmup_steps, noise=noise) if connected else None
     steps, sent, agreement = [], [], []
     for step in range(1, STEPS + 1):
         for name, grad in gradients(rank, step, dtype).items():
@@ -93,6 +104,8 @@ CASES = {
     "plain signs": {"cls": SignSGD, "by_majority": True},
     "no momentum": {"cls": SignSGD, "momentum": 0.0, "by_majority": False},
     "converted": {"cls": CONVERTED, "by_majority": False},
+    "less noise": {"by_majority": False, "noise": 0.25},
+    "converted, less noise": {"cls": CONVERTED, "by_majority": True, "noise": 0.25},
 }
 OTHERS = {
     "fp8": {"by_majority": True, "state_precision": "fp8:min_numel=1"},
@@ -129,7 +142,9 @@ def voted(grads, step, index, shape, case):
         G = np.maximum(G, np.abs(m))
     if options.get("cls") is not SignSGD:
         seeds = [SEED if rank == 0 else key(SEED, rank, 0, WORKER) for rank in range(workers)]
-        m = m + G * np.stack([noise(key(seed, step, index), m.shape[1]) for seed in seeds]).astype(np.float32)
+        m = m + np.float32(options.get("noise", 1)) * G * np.stack(
+            [noise(key(seed, step, index), m.shape[1]) for seed in seeds]
+        ).astype(np.float32)
     positive = np.where(m == 0, ((step + np.arange(workers)) % 2 == 1)[:, None], m > 0)
     count = positive.sum(0)
     if not options["by_majority"]:

@@ -11,7 +11,7 @@ from torch.optim.optimizer import ParamsT
 from lightning_stosign.optim.base import Updates, check_choice, check_seed, loss_of, update_param
 from lightning_stosign.optim.numerics.noise import Stream, noise_key, uniform_noise
 from lightning_stosign.optim.voted_step import VotedSteps, worker_seed
-from lightning_stosign.optim.voting import Entry
+from lightning_stosign.optim.voting import Ballot, Entry
 from lightning_stosign.optim.wrappers._convertible import refuse_unless_convertible, set_lr
 from lightning_stosign.optim.wrappers.shadow import BaseFactory, ShadowOptimizer, new_shadow
 
@@ -132,7 +132,9 @@ class SignConverted(ShadowOptimizer, VotedSteps):
         rounding = self._key(index, state, group, Stream.ROUND_PARAM)
         update_param(param, direction, group["lr"], group["weight_decay"], rounding)
 
-    def _direction(self, shadow: Tensor, state: dict[str, Any], group: dict[str, Any], key: int) -> Tensor:
+    def _direction(
+        self, shadow: Tensor, state: dict[str, Any], group: dict[str, Any], key: int, noise: float = 1.0
+    ) -> Tensor:
         """Return the direction of a step, from a shadow of 0 after the base's step; the shadow is used up."""
         u = shadow.neg_()  # 0 - u
         sigma: Tensor | None = None
@@ -145,7 +147,7 @@ class SignConverted(ShadowOptimizer, VotedSteps):
         if not group["stochastic"]:
             return u if sigma is None else u.div_(sigma).masked_fill_(sigma == 0, 0)
         # sign(u_t + sigma_t n_t)
-        n = uniform_noise(key, u.numel(), device=u.device).view(u.shape).to(u.dtype)
+        n = uniform_noise(key, u.numel(), device=u.device).view(u.shape).to(u.dtype).mul_(noise)
         direction = (n if sigma is None else n.mul_(sigma)).add_(u).sign_()
         return direction if sigma is not None else direction.masked_fill_(u == 0, 0)
 
@@ -168,10 +170,11 @@ class SignConverted(ShadowOptimizer, VotedSteps):
             if entry.step == 1:
                 self._refuse_states_that_cannot_be_gathered(entry.param)
 
-    def _write_signs(self, entries: Sequence[Entry], rooms: Sequence[Tensor], rank: int) -> None:
+    def _write_signs(self, entries: Sequence[Entry], rooms: Sequence[Tensor], ballot: Ballot) -> None:
         for entry, room in zip(entries, rooms, strict=True):
-            key = noise_key(worker_seed(entry.group, rank), entry.step, entry.index, Stream.UPDATE)
-            direction = self._direction(self._stepped.pop(entry.param), self.state[entry.param], entry.group, key)
+            key = noise_key(worker_seed(entry.group, ballot.rank), entry.step, entry.index, Stream.UPDATE)
+            shadow, state = self._stepped.pop(entry.param), self.state[entry.param]
+            direction = self._direction(shadow, state, entry.group, key, ballot.noise)
             room.copy_(direction.where(direction != 0, room))
 
     def _step_together(self, updates: Updates) -> None:
