@@ -7,6 +7,7 @@ from lightning_stosign._lazy import LazyPackage, after_import
 if TYPE_CHECKING:
     from lightning_stosign.atomic_checkpoint import AtomicCheckpointIO
     from lightning_stosign.callbacks import (
+        Float8Monitor,
         OptimizerDashboard,
         OptimizerStateMonitor,
         SignStepSizeFinder,
@@ -38,6 +39,7 @@ __version__ = "0.1.0"
 __all__ = [
     "ALIAS",
     "AtomicCheckpointIO",
+    "Float8Monitor",
     "Float8Precision",
     "MuonSign",
     "OnlineToNonconvex",
@@ -70,6 +72,7 @@ _lazy = LazyPackage(
     {
         "atomic_checkpoint": ["AtomicCheckpointIO"],
         "callbacks": [
+            "Float8Monitor",
             "OptimizerDashboard",
             "OptimizerStateMonitor",
             "SignStepSizeFinder",

@@ -68,12 +68,7 @@ def round_blocks(values: Tensor, format: BlockFormat, *, square: bool = False, s
     rows, columns = values.shape
     if values.numel() == 0:
         return values
-    size = format.block_size
-    height = size if square else 1
-    padded = pad(values, (0, -columns % size, 0, -rows % height))
-    blocks = padded.view(padded.shape[0] // height, height, padded.shape[1] // size, size)
-    amax = blocks.abs().amax(dim=(1, 3), keepdim=True)
-    scale = _nv_scales(amax) if format.nv_scales else _power_of_two_scales(amax, format.largest)
+    blocks, scale = _blocks_and_scales(values, format, square)
     scaled = blocks / scale
     if format.bits == 8:
         rounded = scaled.clamp(-_E4M3_MAX, _E4M3_MAX).to(torch.float8_e4m3fn).float()
@@ -81,7 +76,35 @@ def round_blocks(values: Tensor, format: BlockFormat, *, square: bool = False, s
         rounded = round_e2m1_stochastically(scaled, content_noise(blocks))
     else:
         rounded = round_e2m1(scaled)
-    return (rounded * scale).view(padded.shape)[:rows, :columns]
+    return (rounded * scale).view(-1, blocks.shape[2] * blocks.shape[3])[:rows, :columns]
+
+
+def count_saturated(values: Tensor, format: BlockFormat, *, square: bool = False) -> Tensor:
+    """Count the values beyond the format's largest number under their block's scale: NVFP4's scales are rounded, too.
+
+    Args:
+        values: ``[rows, columns]``, float32.
+        format: The format.
+        square: As for :func:`round_blocks`.
+
+    Returns:
+        int64, 0-dimensional.
+    """
+    if values.numel() == 0:
+        return torch.zeros((), dtype=torch.int64, device=values.device)
+    blocks, scale = _blocks_and_scales(values, format, square)
+    return (blocks.abs() / scale > format.largest).sum()
+
+
+def _blocks_and_scales(values: Tensor, format: BlockFormat, square: bool) -> tuple[Tensor, Tensor]:
+    """Return ``[rows / height, height, columns / size, size]``, padded with zeros, and a scale per block."""
+    rows, columns = values.shape
+    size = format.block_size
+    height = size if square else 1
+    padded = pad(values, (0, -columns % size, 0, -rows % height))
+    blocks = padded.view(padded.shape[0] // height, height, padded.shape[1] // size, size)
+    amax = blocks.abs().amax(dim=(1, 3), keepdim=True)
+    return blocks, _nv_scales(amax) if format.nv_scales else _power_of_two_scales(amax, format.largest)
 
 
 def content_noise(values: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """Block-scaled recipes on any device: products in float32 whose operands are exactly those of the hardware."""
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -35,8 +36,25 @@ class EmulatedRecipe(NamedTuple):
     stochastic_gradient: bool = False
     rotate: bool = False
 
+    def of_output(self, x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the two rounded factors of ``x @ w.T``; all are float32 matrices."""
+        return round_blocks(x, self.format), round_blocks(w, self.format, square=self.square_weight).t()
 
-_RECIPES = {
+    def of_input_gradient(self, g: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the two rounded factors of ``g @ w``."""
+        # Blocks of w along its rows' dimension: for square ones the same values as in the forward product.
+        columns = round_blocks(w.t(), self.format, square=self.square_weight).t()
+        return round_blocks(g, self.format, stochastic=self.stochastic_gradient), columns
+
+    def of_weight_gradient(self, g: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the two rounded factors of ``g.T @ x``, or of the same product after a rotation."""
+        g, x = g.t(), x.t()
+        if self.rotate:
+            g, x = rotate_blocks(g, self.format.block_size), rotate_blocks(x, self.format.block_size)
+        return round_blocks(g, self.format, stochastic=self.stochastic_gradient), round_blocks(x, self.format).t()
+
+
+EMULATED_RECIPES = {
     "block": EmulatedRecipe(FP8_BLOCK, square_weight=True),
     "mxfp8": EmulatedRecipe(MXFP8),
     "nvfp4": EmulatedRecipe(NVFP4, square_weight=True, stochastic_gradient=True, rotate=True),
@@ -49,6 +67,17 @@ _OPTIONS = {
     "disable_stochastic_rounding": "stochastic_gradient",
     "disable_rht": "rotate",
 }
+
+
+def changed_rounding(name: str, options: Mapping[str, Any]) -> EmulatedRecipe:
+    """Return a recipe's rounding under those of its options that change it.
+
+    Args:
+        name: One of EMULATED_RECIPES.
+        options: Values by Transformer Engine's names; others than the three above are left alone.
+    """
+    changes: dict[str, Any] = {_OPTIONS[option]: not value for option, value in options.items() if option in _OPTIONS}
+    return EMULATED_RECIPES[name]._replace(**changes)
 
 
 class EmulationBackend(Float8Backend):
@@ -75,23 +104,21 @@ class EmulationBackend(Float8Backend):
     """
 
     name = "emulation"
-    recipes = tuple(_RECIPES)
+    recipes = tuple(EMULATED_RECIPES)
     device_types = ("cpu", "cuda", "mps", "xpu")
 
     def __init__(self, recipe: RecipeChoice) -> None:
         assert recipe.name is not None
         self.multiple = RECIPES[recipe.name].multiple
-        default = _RECIPES[recipe.name]
+        default = EMULATED_RECIPES[recipe.name]
         known = tuple(
             option for option, what in _OPTIONS.items() if default.format.bits == 4 and getattr(default, what)
         )
-        changes: dict[str, Any] = {}
-        for option, disabled in recipe.options_among(known).items():
-            disabled = plain(disabled)
+        options = {option: plain(disabled) for option, disabled in recipe.options_among(known).items()}
+        for option, disabled in options.items():
             if not isinstance(disabled, bool):
                 raise TypeError(f"recipe={recipe.given!r}: {option} must be a bool, got {disabled!r}")
-            changes[_OPTIONS[option]] = not disabled
-        self.rounding = default._replace(**changes)
+        self.rounding = changed_rounding(recipe.name, options)
 
     def is_converted(self, module: nn.Module) -> bool:
         """See :meth:`Float8Backend.is_converted`."""
@@ -136,29 +163,23 @@ class _RoundedProduct(torch.autograd.Function):
     def forward(ctx: Any, input: Tensor, weight: Tensor, rounding: EmulatedRecipe) -> Tensor:
         ctx.save_for_backward(input, weight)
         ctx.rounding = rounding
-        x = round_blocks(_matrix(input), rounding.format)
-        w = round_blocks(weight.float(), rounding.format, square=rounding.square_weight)
-        return (x @ w.t()).view(*input.shape[:-1], weight.shape[0])
+        x, w = rounding.of_output(_matrix(input), weight.float())
+        return (x @ w).view(*input.shape[:-1], weight.shape[0])
 
     @staticmethod
     @once_differentiable  # twice would differentiate the rounding
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         input, weight = ctx.saved_tensors
         rounding: EmulatedRecipe = ctx.rounding
-        form, stochastic = rounding.format, rounding.stochastic_gradient
         g = _matrix(grad_output)
         grad_input = grad_weight = None
         with torch.autocast(input.device.type, enabled=False):
             if ctx.needs_input_grad[0]:
-                # Blocks of w along its rows' dimension: for square ones the same values as in the forward product.
-                w = round_blocks(weight.float().t(), form, square=rounding.square_weight).t()
-                grad_input = (round_blocks(g, form, stochastic=stochastic) @ w).to(input.dtype).view(input.shape)
+                left, right = rounding.of_input_gradient(g, weight.float())
+                grad_input = (left @ right).to(input.dtype).view(input.shape)
             if ctx.needs_input_grad[1]:
-                g, x = g.t(), _matrix(input).t()
-                if rounding.rotate:
-                    g, x = rotate_blocks(g, form.block_size), rotate_blocks(x, form.block_size)
-                product = round_blocks(g, form, stochastic=stochastic) @ round_blocks(x, form).t()
-                grad_weight = product.to(weight.dtype)
+                left, right = rounding.of_weight_gradient(g, _matrix(input))
+                grad_weight = (left @ right).to(weight.dtype)
         return grad_input, grad_weight, None
 
 
