@@ -24,7 +24,6 @@ from lightning_stosign.callbacks._logging_gate import check_every_n_steps, recor
 from lightning_stosign.callbacks._records import log_records, put_into_callback_metrics
 from lightning_stosign.precision._layers import is_plain_linear, names_of_modules
 from lightning_stosign.precision._recipes import RECIPES, parse_recipe
-from lightning_stosign.precision.float8 import Float8Precision
 from lightning_stosign.precision.operand_statistics import OperandRecord, OperandStatistics
 from lightning_stosign.precision.operands import OPERANDS, OperandRounding, Operands, rounding_in_use
 
@@ -138,6 +137,9 @@ class Float8Monitor(Callback):
 
     def on_train_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """Find the linear layers and the recipe in use."""
+        # That module imports Lightning, whose import loads this one.
+        from lightning_stosign.precision.float8 import Float8Precision
+
         plugin: Any = trainer.precision_plugin
         uses_float8 = is_a(plugin, Float8Precision)
         self._layers = {
