@@ -6,7 +6,6 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from lightning_stosign._lightning_names import is_a
-from lightning_stosign.precision.float8 import Float8Precision
 
 
 def refuse_unless_releasable(trainer: Trainer, module: LightningModule) -> None:
@@ -34,6 +33,9 @@ def refuse_unless_releasable(trainer: Trainer, module: LightningModule) -> None:
 
 
 def _scales_the_loss(plugin: object) -> bool:
+    # That module imports Lightning, whose import loads this one.
+    from lightning_stosign.precision.float8 import Float8Precision
+
     # Float8Precision makes its scaler at the first step.
     is_half = isinstance(plugin, Float8Precision) and plugin.weights_dtype is torch.float16
     return is_half or getattr(plugin, "scaler", None) is not None
