@@ -1,7 +1,8 @@
 import json
 
 import pytest
-from inspection.written_by import CELLS, FORMATS, OPTIMIZERS, trained
+import torch
+from inspection.written_by import CELLS, FORMATS, OPTIMIZERS, fsdp1, trained
 
 from lightning_stosign.health import read_moments
 from lightning_stosign.inspection import as_json, inspect_checkpoint
@@ -19,6 +20,15 @@ def live_states(net, optimizer):
         for group in optimizer.param_groups
         for param in group["params"]
     }
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_fsdp1_flattened_is_one_layer(tmp_path):
+    net, live = trained("AdamW")
+    (layer,) = report_of(fsdp1("flat")(tmp_path, net, live))["optimizers"][0]["layers"]
+    whole = torch.cat([states["exp_avg"].reshape(-1) for states in live_states(net, live).values()])
+    found = layer["states"]["exp_avg"]
+    assert found["values"] == whole.numel() and found["abs_max"] == pytest.approx(whole.abs().max().item())
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -1,5 +1,6 @@
 """Checkpoints written by those who write them: each trainer's own code where it runs here, else its layout."""
 
+import copy
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -277,6 +278,40 @@ def dcp(flatten):
     return write
 
 
+def fsdp1(way):
+    """FSDP of one process: a state_dict by names, or what the optimizer itself has: one parameter of all values."""
+
+    def write(folder, net, optimizer):
+        import torch.distributed as dist
+        import torch.distributed.checkpoint as checkpoint
+        from torch.distributed.fsdp import FullyShardedDataParallel, StateDictType
+
+        names = {number: name for number, (name, _) in enumerate(net.named_parameters())}
+        saved = optimizer.state_dict()
+        full = {
+            "state": {names[number]: state for number, state in saved["state"].items()},
+            "param_groups": [{**saved["param_groups"][0], "params": list(names.values())}],
+        }
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        try:
+            sharded = FullyShardedDataParallel(copy.deepcopy(net), device_id=torch.device("cpu"))
+            flat = type(optimizer)(sharded.parameters())
+            flat.load_state_dict(FullyShardedDataParallel.optim_state_dict_to_load(sharded, flat, full))
+            if way == "sharded":
+                FullyShardedDataParallel.set_state_dict_type(sharded, StateDictType.SHARDED_STATE_DICT)
+                states = FullyShardedDataParallel.optim_state_dict(sharded, flat)
+                content = {"model": sharded.state_dict(), "optimizer": states}
+                checkpoint.save(content, checkpoint_id=folder / "step-3")
+                return folder / "step-3"
+            states = flat.state_dict() if way == "flat" else FullyShardedDataParallel.optim_state_dict(sharded, flat)
+            torch.save({"model": sharded.state_dict(), "optimizer": states}, folder / "fsdp.pt")
+            return folder / "fsdp.pt"
+        finally:
+            dist.destroy_process_group()
+
+    return write
+
+
 def safetensors(folder, net, optimizer):
     names = {param: name for name, param in net.named_parameters()}
     tensors = {
@@ -356,6 +391,8 @@ FORMATS = {
     "accelerate": (accelerate, "checkpoint folder (accelerate)", True),
     "DCP": (dcp(False), "distributed checkpoint (DCP)", True),
     "DCP, flattened (torchtitan)": (dcp(True), "distributed checkpoint (DCP)", True),
+    "FSDP1, by names": (fsdp1("full"), "checkpoint of model and optimizer", True),
+    "FSDP1, sharded (DCP)": (fsdp1("sharded"), "distributed checkpoint (DCP)", True),
     "safetensors of states": (safetensors, "safetensors of states", True),
     "DeepSpeed ZeRO-1/2 (layout)": (deepspeed(), "DeepSpeed ZeRO checkpoint, stage 2", True),
 }
@@ -363,7 +400,10 @@ FORMATS = {
 _OUTER = {name for name in OPTIMIZERS if name.startswith("Lookahead")}
 _QUANTISED = {name for name in OPTIMIZERS if name.startswith(("torchao", "bitsandbytes"))}
 # What the writers cannot write, and what needs the options that a format lacks.
+_ELEMENTWISE = {"AdamW", "SGD with momentum", "RMSprop"}  # FSDP1 flattens what each value has of its own
 WITHOUT = {
+    "FSDP1, by names": set(OPTIMIZERS) - _ELEMENTWISE,
+    "FSDP1, sharded (DCP)": set(OPTIMIZERS) - _ELEMENTWISE,
     "Hugging Face Trainer": set(),
     "accelerate": _OUTER,
     "safetensors of states": _OUTER
