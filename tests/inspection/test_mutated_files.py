@@ -54,6 +54,8 @@ def _mutated(data, rng):
     data = bytearray(data)
     # Heads, tails and pickles say what the rest is: they are hit more often than their size would have it.
     for _ in range(rng.choice((1, 1, 2, 8))):
+        if not data:
+            break
         at = rng.randrange(len(data)) if rng.random() < 0.5 else rng.randrange(min(len(data), 2000))
         kind = rng.randrange(6)
         if kind == 0:
