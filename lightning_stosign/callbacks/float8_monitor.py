@@ -78,8 +78,9 @@ class Float8Monitor(Callback):
         forecast: Recipes to look at beside the one in use. Empty without Float8Precision: ``"current"``.
         every_n_steps: Record every n-th step. None: as ``Trainer(log_every_n_steps)``.
         products_every_n_records: Compute the errors of the products at the first record and every n-th after it.
-        bound: The largest product error that the table at the end accepts. Typical of healthy layers are 0.07
-            (``"current"``: E5M2 gradients), 0.04 (``"mxfp8"``, ``"block"``) and 0.2 (``"nvfp4"``).
+        bound: The largest product error that the table at the end accepts. Normally distributed operands give 0.06
+            (``"current"``: E5M2 gradients), 0.04 (``"rowwise"``, ``"mxfp8"``, ``"block"``), 0.18 (``"nvfp4"``) and 0.2
+            (``"mxfp4"``).
         per_layer: Also log each layer.
         histograms: Also log histograms.
 
