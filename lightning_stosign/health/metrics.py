@@ -6,7 +6,8 @@ on all ranks, as the states of data-parallel replicas are, and counts once; with
 only this rank has.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,23 +15,32 @@ from torch import Tensor
 from torch.distributed import ReduceOp, all_reduce
 from torch.distributed.tensor import DTensor
 from torchmetrics import Metric
+from torchmetrics.utilities.distributed import gather_all_tensors
 
 from lightning_stosign.health.forecast import Format, check_format, forecast_rounds, run_rounds
 from lightning_stosign.health.magnitudes import MAGNITUDE_BINS, histogram_of, log10_quantiles, magnitude_counts
 from lightning_stosign.health.sharding import Layout, localize
 from lightning_stosign.health.statistics import abs_max, coordinate_health, count, square_sum
 from lightning_stosign.health.stored_states import in_float32
+from lightning_stosign.optim.states.state_precision import StatePrecision
+
+Gather = Callable[..., list[Tensor]]
 
 
-def _over_ranks(stacked: Tensor) -> Tensor:
-    """Combine [ranks, 2, ...]: what is replicated is taken from the first rank, what is not is added up."""
-    return torch.stack([stacked[0, 0], stacked[:, 1].sum(dim=0)])
+def _count_replicas_once(gather: Gather, sums: Tensor, group: Any = None) -> list[Tensor]:
+    """Gather [2, ...] from all ranks; of what is replicated only the first rank's is kept."""
+    first, *others = gather(sums, group)
+    return [first, *(torch.stack([torch.zeros_like(own), own]) for _, own in others)]
 
 
 class _Sums(Metric):
-    """Base: sums over values, those that all ranks have in ``sums[0]`` and this rank's own in ``sums[1]``.
+    """Base: sums over values, those that all ranks have in row 0 and this rank's own in row 1.
+
+    The state is a plain sum over batches and is named after what it sums: ``MetricCollection`` takes metrics of one
+    state name for one compute group as soon as their first values agree.
 
     Args:
+        what: what is summed; two metrics that update alike have the same.
         size: how many sums.
         replicated: whether plain tensors are the same on all ranks.
         kwargs: torchmetrics' own options.
@@ -39,26 +49,38 @@ class _Sums(Metric):
     is_differentiable = False
     higher_is_better: bool | None = False
     full_state_update = False
-    sums: Tensor
 
-    def __init__(self, size: int, replicated: bool, **kwargs: Any) -> None:
+    def __init__(self, what: str, size: int, replicated: bool, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         if not isinstance(replicated, bool):
             raise TypeError(f"replicated={replicated!r} must be a bool")
         self.replicated = replicated
+        self._state = f"{what}_{'replicated' if replicated else 'own'}"
         self.add_state(
-            "sums", default=torch.zeros(2, size, dtype=torch.float64, device="cpu"), dist_reduce_fx=_over_ranks
+            self._state, default=torch.zeros(2, size, dtype=torch.float64, device="cpu"), dist_reduce_fx="sum"
         )
+
+    def sync(self, dist_sync_fn: Gather | None = None, *args: Any, **kwargs: Any) -> None:
+        """Add up over ranks, as torchmetrics does; what is replicated counts once.
+
+        Args:
+            dist_sync_fn: how to gather a tensor from all ranks; None: as the constructor was told.
+            args: as of :meth:`torchmetrics.Metric.sync`.
+            kwargs: as of :meth:`torchmetrics.Metric.sync`.
+        """
+        gather = dist_sync_fn or self.dist_sync_fn or gather_all_tensors
+        super().sync(partial(_count_replicas_once, gather), *args, **kwargs)
 
     def _add(self, value: Tensor, layout: Layout, *sums: Tensor) -> None:
         """Add what was found in this rank's part of ``value``; of a DTensor what all its shards have together."""
-        found = torch.stack([total.to(self.sums).reshape(-1) for total in sums]).flatten()
+        state = getattr(self, self._state)
+        found = torch.stack([total.to(state).reshape(-1) for total in sums]).flatten()
         if layout.group is not None:
             all_reduce(found, ReduceOp.SUM, layout.group)
-        self.sums[0 if self.replicated or isinstance(value, DTensor) else 1] += found
+        state[0 if self.replicated or isinstance(value, DTensor) else 1] += found
 
     def _total(self) -> Tensor:
-        return self.sums.sum(dim=0)
+        return getattr(self, self._state).sum(dim=0)
 
 
 class ZeroFraction(_Sums):
@@ -83,7 +105,7 @@ class ZeroFraction(_Sums):
     """
 
     def __init__(self, replicated: bool = True, **kwargs: Any) -> None:
-        super().__init__(2, replicated, **kwargs)
+        super().__init__("zeros", 2, replicated, **kwargs)
 
     def update(self, value: Tensor) -> None:
         """Add a state: floating point, any shape."""
@@ -121,7 +143,7 @@ class RootMeanSquare(_Sums):
     """
 
     def __init__(self, replicated: bool = True, **kwargs: Any) -> None:
-        super().__init__(2, replicated, **kwargs)
+        super().__init__("squares", 2, replicated, **kwargs)
 
     def update(self, value: Tensor) -> None:
         """Add a state: floating point, any shape."""
@@ -192,7 +214,7 @@ class UnderflowFraction(_Sums):
 
     def __init__(self, format: Format, replicated: bool = True, **kwargs: Any) -> None:
         check_format(format)
-        super().__init__(2, replicated, **kwargs)
+        super().__init__(f"underflow_{StatePrecision.parse(format)!r}", 2, replicated, **kwargs)
         self.format = format
 
     def update(self, value: Tensor, degree: int = 1) -> None:
@@ -236,7 +258,7 @@ class StalledFraction(_Sums):
 
     def __init__(self, format: Format, replicated: bool = True, **kwargs: Any) -> None:
         check_format(format)
-        super().__init__(2, replicated, **kwargs)
+        super().__init__(f"stalled_{StatePrecision.parse(format)!r}", 2, replicated, **kwargs)
         self.format = format
 
     def update(self, value: Tensor, change: Tensor, degree: int = 1) -> None:
@@ -264,7 +286,7 @@ class _CoordinateFraction(_Sums):
     """Base: a share of the coordinates, judged by the update's numerator and denominator."""
 
     def __init__(self, replicated: bool = True, **kwargs: Any) -> None:
-        super().__init__(3, replicated, **kwargs)
+        super().__init__("coordinates", 3, replicated, **kwargs)
 
     def update(self, numerator: Tensor, denominator: Tensor) -> None:
         """Add a parameter's numerator (e.g. ``exp_avg``) and denominator (e.g. ``exp_avg_sq``), of one shape."""
@@ -333,7 +355,7 @@ class LogMagnitudeHistogram(_Sums):
     higher_is_better: bool | None = None
 
     def __init__(self, replicated: bool = True, **kwargs: Any) -> None:
-        super().__init__(MAGNITUDE_BINS, replicated, **kwargs)
+        super().__init__("magnitudes", MAGNITUDE_BINS, replicated, **kwargs)
 
     def update(self, value: Tensor) -> None:
         """Add a state: floating point, any shape."""
@@ -370,7 +392,7 @@ class LogMagnitudeQuantile(_Sums):
         for quantile in quantiles:
             if not 0 <= quantile <= 1:
                 raise ValueError(f"quantiles={quantiles!r}: each must be in [0, 1]")
-        super().__init__(MAGNITUDE_BINS, replicated, **kwargs)
+        super().__init__("magnitudes", MAGNITUDE_BINS, replicated, **kwargs)
         self.quantiles = tuple(quantiles)
 
     def update(self, value: Tensor) -> None:

@@ -21,7 +21,6 @@ from lightning_stosign.health import (
     stalled_fraction,
     underflow_fraction,
 )
-from lightning_stosign.health.metrics import _over_ranks
 
 FP8 = "fp8:min_numel=0"
 
@@ -147,17 +146,6 @@ def test_a_nan_is_not_hidden():
     metric.update(torch.tensor([float("nan")]))
     metric.update(torch.tensor([1.0]))
     assert metric.compute().isnan()
-
-
-@pytest.mark.parametrize(("replicated", "expected"), [(True, [1.0, 2.0]), (False, [4.0, 6.0])])
-def test_replicas_count_once_and_parts_add_up(replicated, expected):
-    ranks = []
-    for zeros in (1, 3):  # of what is replicated all ranks have the same; here they differ to tell which one counts
-        metric = ZeroFraction(replicated=replicated)
-        metric.update(torch.tensor([0.0] * zeros + [1.0]))
-        ranks.append(metric.sums)
-    combined = _over_ranks(torch.stack(ranks))
-    assert combined.sum(dim=0).tolist() == expected
 
 
 @pytest.mark.parametrize(
