@@ -1,8 +1,13 @@
 """The package's modules import one another in one direction."""
 
 import ast
+import os
+import subprocess
+import sys
 from graphlib import TopologicalSorter
 from pathlib import Path
+
+import pytest
 
 PACKAGE = Path(__file__).parents[1] / "lightning_stosign"
 
@@ -40,3 +45,24 @@ def test_no_module_needs_itself_to_be_imported():
     needs = {name: set(imported_modules(ast.parse(path.read_text()), paths)) for name, path in paths.items()}
     assert sum(map(len, needs.values())) > 300  # it does see imports
     TopologicalSorter(needs).prepare()  # CycleError names the circle
+
+
+FIRST = """
+import importlib, os, sys
+import lightning.pytorch, torch, torchao.float8, torchmetrics
+for name in sys.argv[1:]:
+    child = os.fork()  # what all of them need is imported already
+    if child == 0:
+        importlib.import_module(name)
+        os._exit(0)
+    if os.waitpid(child, 0)[1]:
+        sys.exit(f"{name} cannot be imported first")
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_any_package_can_be_imported_first():
+    names = [module_name(path) for path in PACKAGE.rglob("__init__.py")]
+    assert len(names) >= 12
+    ran = subprocess.run([sys.executable, "-c", FIRST, *names], capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr[-2000:]
