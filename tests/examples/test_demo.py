@@ -115,6 +115,7 @@ def test_event_files_hold_every_tag(demo, run, denominator):
     assert "hp_metric" not in events.Tags()["scalars"]
 
 
+@trains
 def test_tensorboard_opens_on_the_page_with_both_optimizers(demo):
     folder, printed, _ = demo
     assert "http://localhost:6006/#custom_scalars" in printed
