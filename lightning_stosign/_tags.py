@@ -22,6 +22,12 @@ _DESCRIPTIONS = {
     "0.1% is enough to break training.",
     "update_rms": "RMS of the step taken, without weight decay, divided by lr. About 0.2 to 1 for AdamW, 1 for sign "
     "methods.",
+    "grad_rms": "RMS of the gradient before clipping.",
+    "parameter_rms": "RMS of the parameters after the step.",
+    "update_to_weight": "RMS of the step taken, weight decay included, over RMS of the parameters before it.",
+    "lost_update_fraction": "Share of the coordinates that should move and are as before: their step is below half the "
+    "spacing of the parameter's dtype.",
+    "update_grad_cosine": "Cosine between the step taken and the descent direction, minus the gradient.",
     "noise_rms": "Stochastic sign: how much of the step is noise, sqrt(mean(1 - u^2)).",
     "sign_agreement": "Stochastic sign: probability of following the momentum's sign.",
     "grad_abs_max": "Largest magnitude of the gradient before clipping.",

@@ -22,6 +22,7 @@ from lightning_stosign.callbacks._zero_history import optimizer_label
 from lightning_stosign.health.forecast import check_format
 from lightning_stosign.health.readers import read_moments
 from lightning_stosign.health.snapshot import Snapshot, parameters_of
+from lightning_stosign.health.steps import UPDATE_STATISTICS
 
 _MOST_LAYERS = 64  # that depth=None shows one by one: each is about 27 tags
 
@@ -53,6 +54,13 @@ class OptimizerStateMonitor(Callback):
     ``update_rms``                               RMS of the step taken, without weight decay, divided by lr
     ``noise_rms``, ``sign_agreement``            stochastic sign: sqrt(mean(1 - u^2)), mean of (1 + abs(u)) / 2
     ``grad_abs_max``, ``grad_square_max``        largest magnitude of the gradient before clipping, and its square
+    ``grad_rms``                                 RMS of the gradient before clipping
+    ``parameter_rms``                            RMS of the parameters after the step
+    ``update_to_weight``                         RMS of the step taken, decay included, over RMS of the parameters before it
+    ``lost_update_fraction``                     share of the coordinates that should move and are as before: the step is
+                                                 below half the spacing of the parameter's dtype (or was skipped)
+    ``update_grad_cosine``                       cosine between the step taken and the descent direction, minus gradient
+    ``step_size``                                the step size that a self-tuning optimizer found
     ``log10_quantile/<state>/<quantile>``        quantile of log10 of the nonzero magnitudes, to within 0.003
     ``log10_abs/<state>``                        histogram of log10 of the nonzero magnitudes (TensorBoard, W&B)
     ============================================ =======================================================================
@@ -81,6 +89,8 @@ class OptimizerStateMonitor(Callback):
             there are at most 64 of them, else the largest depth that gives at most 64 groups (or no layers if none
             does), which is said once. With the depth of the longest name each parameter is by itself.
         quantiles: for ``log10_quantile``, each in [0, 1]; none if empty.
+        updates: which of ``update_to_weight``, ``parameter_rms``, ``lost_update_fraction``, ``update_grad_cosine`` and
+            ``grad_rms`` to record; none if empty.
         old_tags: deprecated, for dashboards made for version 0.1: log layers as ``optimizer_state/<tag>/<name>``.
 
     Raises:
@@ -106,16 +116,21 @@ class OptimizerStateMonitor(Callback):
         depth: int | None = None,
         quantiles: Sequence[float] = (0.05, 0.5, 0.95),
         old_tags: bool = False,
+        updates: Sequence[str] = UPDATE_STATISTICS,
     ) -> None:
         every_n_steps, depth, per_layer, histograms = plain((every_n_steps, depth, per_layer, histograms))
         quantiles = plain(quantiles)
         check_every_n_steps(every_n_steps)
-        for name, value in (("forecast", forecast), ("layers", layers)):
+        for name, value in (("forecast", forecast), ("layers", layers), ("updates", updates)):
             optional = name == "layers" and value is None
             if isinstance(value, str) or not (isinstance(value, Sequence) or optional):
                 raise TypeError(f"{name}={value!r} must be a list of strings")
         for format_name in forecast:
             check_format(format_name)
+        accepted = ", ".join(map(repr, UPDATE_STATISTICS))
+        for update in updates:
+            if update not in UPDATE_STATISTICS:
+                raise ValueError(f"updates={list(updates)}: {update!r} is unknown; accepted: {accepted}")
         _check_depth(depth)
         _check_quantiles(quantiles)
         self.every_n_steps = every_n_steps
@@ -125,6 +140,7 @@ class OptimizerStateMonitor(Callback):
         self.layers = None if layers is None else tuple(layers)
         self.depth = depth
         self.quantiles = tuple(quantiles)
+        self.updates = tuple(updates)
         self.old_tags = old_tags
         if old_tags:
             warn_of_old_tags("OptimizerStateMonitor")
@@ -194,7 +210,7 @@ class OptimizerStateMonitor(Callback):
             del self._begun[optimizer]  # of a step that AMP skipped
         if not self._steps.is_due(trainer, optimizer, self.every_n_steps):
             return
-        snapshot = Snapshot(self.forecast, self.histograms, self.quantiles)
+        snapshot = Snapshot(self.forecast, self.histograms, self.quantiles, self.updates)
         scale = _remaining_loss_scale(trainer, optimizer)
         kept = self._kept.pop(optimizer, {})  # nothing where a GradScaler calls this before the step
         before = {}
@@ -231,9 +247,10 @@ class OptimizerStateMonitor(Callback):
             moments = read_moments(optimizer, param, group)
             snapshot.add_states(name, moments)
             if param in before and "lr" in group:  # a parameter-free optimizer has none
-                snapshot.add_update(
-                    name, before.pop(param), param.detach(), group["lr"], moments.decoupled_weight_decay
-                )
+                old, new = before.pop(param), param.detach()
+                snapshot.add_update(name, old, new, group["lr"], moments.decoupled_weight_decay)
+                if isinstance(group["lr"], Tensor) or group["lr"] != 0:  # at a rate of 0 no step is lost
+                    snapshot.add_step(name, old, new, param.grad, moments.numerator)
         return snapshot.records(self._shows_layers, self._depth)
 
     def _shown_layers(self) -> tuple[bool, int | None]:

@@ -39,9 +39,11 @@ from lightning_stosign.health.statistics import (
     in_parts,
     noise_intensity,
     ones_where,
+    square_sum,
     state_statistics,
     sum_dtype,
 )
+from lightning_stosign.health.steps import COSINE, COSINE_PARTS, StepSum, step_sums
 from lightning_stosign.optim.emulation import state_degree
 
 
@@ -80,6 +82,20 @@ class _Update(NamedTuple):
     weight_decay: float | Tensor
 
 
+class _Step(NamedTuple):
+    """A parameter before and after a step, its gradient, and what is nonzero where it should move."""
+
+    layer: str
+    before: Tensor
+    after: Tensor
+    grad: Tensor | None
+    direction: Tensor | None
+
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """Return everything but the layer's name."""
+        return self.before, self.after, self.grad, self.direction
+
+
 class _Counts(NamedTuple):
     """The magnitude counts of one layer's state of so many values, and the ranks over which they are to be added."""
 
@@ -108,9 +124,17 @@ class Snapshot:
         forecast: formats for which to count what they would store as 0, and what would stall in them.
         histograms: whether to count the log10 magnitudes.
         quantiles: quantiles of log10 magnitude, each in [0, 1].
+        updates: which of :data:`~lightning_stosign.health.steps.UPDATE_STATISTICS` to record.
     """
 
-    def __init__(self, forecast: Iterable[str] = (), histograms: bool = False, quantiles: Sequence[float] = ()) -> None:
+    def __init__(
+        self,
+        forecast: Iterable[str] = (),
+        histograms: bool = False,
+        quantiles: Sequence[float] = (),
+        updates: Iterable[str] = (),
+    ) -> None:
+        self._updates = frozenset(updates)
         self._forecast = tuple(forecast)
         self._with_histograms = histograms
         self._quantiles = tuple(quantiles)
@@ -121,17 +145,19 @@ class Snapshot:
         # Small tensors wait for records(), too: what may be stacked, the values of each, and the item.
         self._small_moments: list[tuple[Hashable, int, tuple[str, Moments]]] = []
         self._small_updates: list[tuple[Hashable, int, _Update]] = []
+        self._small_steps: list[tuple[Hashable, int, _Step]] = []
         self._rows: dict[str, list[_Rows]] = defaultdict(list)
         self._row_counts: dict[str, list[tuple[Sequence[str], Tensor, Tensor]]] = defaultdict(list)
 
     def add_gradient(self, layer: str, grad: Tensor, scale: Tensor | None = None) -> None:
-        """Add a gradient as it is before clipping: ``grad_abs_max``, ``grad_square_max``.
+        """Add a gradient as it is before clipping: ``grad_abs_max``, ``grad_square_max``, ``grad_rms``.
 
         Args:
             layer: its parameter's name.
             grad: the gradient.
             scale: a loss scale that it still has, 0-dimensional.
         """
+        numel = float(grad.numel())
         if grad.is_sparse:
             grad = grad.coalesce().values()
         if grad.numel() == 0:
@@ -142,6 +168,11 @@ class Snapshot:
             largest = largest / scale.to(largest.device)
         self._tallies["grad_abs_max"][layer] = Tally("max", largest, group=layout.group)
         self._tallies["grad_square_max"][layer] = Tally("max_square", largest, group=layout.group)
+        if "grad_rms" in self._updates:
+            squares = square_sum(local)
+            if scale is not None:
+                squares = squares / scale.to(squares) ** 2
+            self._add("grad_rms", layer, Tally("rms", squares, numel, layout.group))
 
     def add_states(self, layer: str, moments: Moments) -> None:
         """Add the statistics of one parameter's states, and ``step_size`` where the optimizer finds it itself."""
@@ -225,6 +256,46 @@ class Snapshot:
         total = torch.stack(squares).sum() / lr**2 * (torch.stack(moved).sum() > 0)
         self._add("update_rms", layer, Tally("rms", total, float(layout.numel), layout.group))
 
+    def add_step(
+        self, layer: str, before: Tensor, after: Tensor, grad: Tensor | None, direction: Tensor | None
+    ) -> None:
+        """Add the ``updates`` that compare a parameter before and after a step.
+
+        Args:
+            layer: the parameter's name.
+            before: the parameter before the step.
+            after: the parameter after it.
+            grad: its gradient. None: no ``update_grad_cosine``.
+            direction: nonzero where the step should move the parameter, of the values on this rank, such as
+                :attr:`Moments.numerator`. None: the gradient is.
+        """
+        if not self._updates - {"grad_rms"}:
+            return
+        if grad is not None and grad.is_sparse:
+            grad = grad.to_dense()
+        local, layout = localize(after)
+        if direction is not None and direction.numel() != local.numel():
+            direction = None
+        step = _Step(layer, before, after, grad, direction)
+        if all(tensor is None or is_small(tensor) for tensor in step.tensors()):
+            alike = tuple(None if tensor is None else (tensor.dtype, tensor.device) for tensor in step.tensors())
+            self._small_steps.append((alike, after.numel(), step))
+            return
+        old, slope = localize(before)[0], None if grad is None else localize(grad)[0]
+        present = [tensor for tensor in (old, local, slope, direction) if tensor is not None]
+
+        def look(parts: Iterable[Tensor]) -> dict[str, StepSum]:
+            rows = (part.unsqueeze(0) for part in parts)
+            first, second = next(rows), next(rows)
+            third = None if slope is None else next(rows)
+            return step_sums(self._updates, first, second, third, None if direction is None else next(rows))
+
+        sums = look(tensor.detach().reshape(-1)[:0] for tensor in present)  # a rank may have no values of a parameter
+        for parts in in_parts(*present):
+            sums = {name: sums[name] + more for name, more in look(parts).items()}
+        for name, (kind, value, weight) in sums.items():
+            self._add(name, layer, Tally(kind, value[0], weight[0], layout.group))
+
     def _add_small(self) -> None:
         """Look at the small tensors that wait."""
         for alike in batches(self._small_moments):
@@ -235,6 +306,14 @@ class Snapshot:
             squares = rows_update(before, after, first.lr, first.weight_decay)
             rows = _Rows("rms", [u.layer for u in updates], squares, float(after.shape[1]))
             self._rows["update_rms"].append(rows)
+        for steps in batches(self._small_steps):
+            before, after = stack(step.before for step in steps), stack(step.after for step in steps)
+            grads = [step.grad for step in steps if step.grad is not None]  # all have one, or none
+            directions = [step.direction for step in steps if step.direction is not None]
+            grad, direction = stack(grads) if grads else None, stack(directions) if directions else None
+            for name, (kind, value, weight) in step_sums(self._updates, before, after, grad, direction).items():
+                self._rows[name].append(_Rows(kind, [step.layer for step in steps], value, weight))
+        self._small_steps.clear()
         self._small_moments.clear()
         self._small_updates.clear()
 
@@ -339,6 +418,7 @@ class Snapshot:
                 for layer, pair in pairs_by_layer.items():
                     together[label(layer)].append(pair)
                 scalars.update({f"{tag}/{name}": _combine(kinds[tag], pairs) for name, pairs in together.items()})
+        _multiply_cosines(scalars)
         histograms: dict[str, list[float]] = {}
         for record in magnitudes:
             flat = next(host)
@@ -448,13 +528,21 @@ def parameters_of(optimizer: Optimizer) -> Iterable[tuple[Tensor, Mapping[str, A
             yield param, group
 
 
+def _multiply_cosines(scalars: dict[str, float]) -> None:
+    """Replace the two parts of each cosine by their product."""
+    dot, ratio = COSINE_PARTS
+    for tag in [tag for tag in scalars if tag.partition("/")[0] == dot]:
+        end = tag.removeprefix(dot)
+        scalars[COSINE + end] = scalars.pop(tag) * scalars.pop(ratio + end)
+
+
 def _combine(kind: str, numbers: Iterable[tuple[float, float]]) -> float:
     if kind in ("max", "max_square"):
         # max() would hide a NaN that does not come first.
         largest = max((value for value, _ in numbers), key=lambda value: math.inf if math.isnan(value) else value)
         return largest * largest if kind == "max_square" else largest
     value, weight = (math.fsum(column) for column in zip(*numbers, strict=True))
-    mean = value / weight if weight > 0 else 0.0
+    mean = 0.0 if weight <= 0 else value / weight  # NaN of a weight that is NaN
     return math.sqrt(max(mean, 0.0)) if kind == "rms" and not math.isnan(mean) else mean
 
 

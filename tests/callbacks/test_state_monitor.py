@@ -5,6 +5,7 @@ from fits import Regression, Step, fit, histograms, scalars
 
 from lightning_stosign import OptimizerStateMonitor
 from lightning_stosign.health import log10_bin_edges
+from lightning_stosign.health.steps import UPDATE_STATISTICS
 
 LAYERS = ["first.weight", "first.bias", "head.weight", "head.bias"]
 
@@ -16,7 +17,7 @@ def state_tags(*states, forecast=("fp8", "fp8-raw")):
     return tags | {f"{kind}/{state}/{name}" for kind in kinds for state in states for name in forecast}
 
 
-ALWAYS = {"update_rms", "grad_abs_max", "grad_square_max"}
+ALWAYS = {"update_rms", "grad_abs_max", "grad_square_max", *UPDATE_STATISTICS}
 QUOTIENT = {"dead_fraction", "exploding_fraction"}
 NOISE = {"noise_rms", "sign_agreement"}
 TAGS = {
@@ -123,6 +124,37 @@ def test_update_rms_is_of_the_step_taken_without_decay(recorded, optimizer):
         [((step.after[n] - step.before[n] + lr * decay * step.before[n]) / lr).reshape(-1) for n in LAYERS]
     )
     assert found["optimizer_state/update_rms"] == pytest.approx(np.sqrt(np.mean(direction**2)), rel=1e-4)
+
+
+@pytest.mark.parametrize("optimizer", ["stosign", "adamw", "sgd", "plain-sgd"])
+def test_updates_are_those_of_float64_globally_and_per_layer(recorded, optimizer):
+    step, found, _ = recorded(optimizer)
+    for prefix, end, layers in [("optimizer_state/", "", LAYERS)] + [("per_layer_", f"/{n}", [n]) for n in LAYERS]:
+        before, after, raw, grad = (
+            np.concatenate([values[n].reshape(-1) for n in layers])
+            for values in (step.before, step.after, step.grads, step.clipped)
+        )
+        moved = after - before
+        expected = {
+            "parameter_rms": np.sqrt(np.mean(after**2)),
+            "grad_rms": np.sqrt(np.mean(raw**2)),
+            "update_to_weight": np.linalg.norm(moved) / np.linalg.norm(before),
+            "update_grad_cosine": -moved @ grad / np.linalg.norm(moved) / np.linalg.norm(grad),
+            "lost_update_fraction": 0.0,
+        }
+        for name, value in expected.items():
+            assert found[f"{prefix}{name}{end}"] == pytest.approx(value, rel=1e-5), name
+
+
+def test_updates_are_off_where_none_is_named(tmp_path):
+    fit(Regression("sgd"), tmp_path, max_steps=1, callbacks=[OptimizerStateMonitor(updates=["grad_rms"])])
+    off = set(UPDATE_STATISTICS) - {"grad_rms"}
+    assert logged(tmp_path) == with_prefix(TAGS["sgd"] - off) | of_layers(TAGS["sgd"] - off)
+
+
+def test_an_unknown_update_is_refused():
+    with pytest.raises(ValueError, match="'update_norm' is unknown; accepted: 'update_to_weight'"):
+        OptimizerStateMonitor(updates=["update_norm"])
 
 
 @pytest.mark.parametrize(

@@ -324,3 +324,25 @@ def test_parameters_come_with_their_groups():
     groups = optimizer.param_groups
     found = [(id(param), id(group)) for param, group in parameters_of(optimizer)]
     assert found == [(id(a), id(groups[0])), (id(c), id(groups[0])), (id(b), id(groups[1]))]
+
+
+@pytest.mark.parametrize("size", [4, 40_000])  # stacked with others, and in parts
+@pytest.mark.parametrize("direction", [None, "numerator"])
+def test_steps_below_half_the_spacing_of_bfloat16_are_lost(size, direction):
+    before = torch.tensor([1.0, 1.0, 256.0, 0.0], dtype=torch.bfloat16).repeat(size // 4)
+    intended = torch.tensor([2.0**-10, 2.0**-7, 0.9, 0.0]).repeat(size // 4)
+    after = (before.float() + intended).to(torch.bfloat16)
+    moves = None if direction is None else intended
+    snapshot = Snapshot(updates=["lost_update_fraction"])
+    snapshot.add_step("a", before, after, -intended, moves)
+    snapshot.add_step("b", before, before, -intended, moves)
+    found, _ = snapshot.records(per_layer=True)
+    assert found["lost_update_fraction/a"] == pytest.approx(2 / 3)  # the fourth should not move
+    assert found["lost_update_fraction/b"] == 1.0
+    assert found["lost_update_fraction"] == pytest.approx(5 / 6)
+
+
+def test_parameters_that_are_nan_are_not_hidden():
+    snapshot = Snapshot(updates=["update_to_weight"])
+    snapshot.add_step("a", torch.tensor([math.nan]), torch.tensor([1.0]), torch.ones(1), None)
+    assert math.isnan(snapshot.records(False)[0]["update_to_weight"])
