@@ -163,6 +163,7 @@ def test_a_run_of_each_task_reports_its_loss_and_curves(task, tmp_path, monkeypa
     assert list(tmp_path.iterdir()) == []  # nothing is left
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_a_run_that_was_killed_goes_on_and_ends_the_same(tmp_path, monkeypatch):
     monkeypatch.setattr(runs_module, "VALIDATION_BATCHES", 1)

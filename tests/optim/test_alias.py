@@ -166,7 +166,13 @@ def test_unit_of_the_parameters_does_not_matter(width, options):
     np.testing.assert_allclose(scaled, Training(**options).run(batches), rtol=0, atol=1e-9)
 
 
-@pytest.fixture(scope="module", params=[(None, 0.01), (32, 0.02)], ids=["full gradients", "mini-batches"])
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param((None, 0.01), marks=pytest.mark.slow, id="full gradients"),
+        pytest.param((32, 0.02), id="mini-batches"),
+    ],
+)
 def tuned(request):
     """The batches of each seed, the mean loss at their end of SignSGD with its best constant step size, a tolerance."""
     size, tolerance = request.param

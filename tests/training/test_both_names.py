@@ -220,12 +220,13 @@ def test_a_subclass_is_adopted_with_its_super_calls():
 
 ORDERS = [
     "import lightning_stosign.callbacks, lightning_stosign.precision, pytorch_lightning",
-    pytest.param("import lightning_stosign, pytorch_lightning", marks=pytest.mark.slow),
-    pytest.param("import pytorch_lightning, lightning_stosign", marks=pytest.mark.slow),
-    pytest.param("import lightning_fabric, lightning_stosign.precision, pytorch_lightning", marks=pytest.mark.slow),
+    "import lightning_stosign, pytorch_lightning",
+    "import pytorch_lightning, lightning_stosign",
+    "import lightning_fabric, lightning_stosign.precision, pytorch_lightning",
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", ORDERS)
 def test_the_order_of_imports_is_free(order):
     code = (

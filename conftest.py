@@ -1,3 +1,5 @@
+"""What all tests share."""
+
 import warnings
 from collections.abc import Generator
 from typing import Any
