@@ -59,7 +59,8 @@ class ShadowOptimizer(StrictOptimizer):
         if isinstance(param, DTensor):
             raise ValueError(
                 f"params: a parameter of shape {list(param.shape)} is a DTensor; accepted by "
-                f"{type(self).__name__}: unsharded parameters"
+                f"{type(self).__name__}: unsharded parameters, since the base steps on plain copies, and a base may "
+                "compute on a shard what it does not compute on the whole"
             )
 
     @abstractmethod
