@@ -59,7 +59,7 @@ def test_last_checkpoint_is_whole(after_the_kill):
     assert saved["steps"] == [4] and len(saved["states"]) == 3
 
 
-@pytest.mark.parametrize("workers", [3, 2])
+@pytest.mark.parametrize("workers", [pytest.param(3, marks=pytest.mark.slow), 2])
 def test_run_resumes_with_as_many_workers_or_fewer(after_the_kill, workers):
     folder, _ = after_the_kill
     results = run_workers(resume, workers, str(folder))

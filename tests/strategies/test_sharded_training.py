@@ -60,7 +60,9 @@ def fit(rank, workers, folder, optimizer):
 OPTIMIZERS = {"adamw": {}, "stosign": {}, "alias": {"schedule": "constant"}}  # ALIAS finds its own rate
 
 
-@pytest.fixture(scope="module", params=["adamw", "stosign", pytest.param("alias", marks=pytest.mark.slow)])
+@pytest.fixture(
+    scope="module", params=["stosign", *(pytest.param(name, marks=pytest.mark.slow) for name in ("adamw", "alias"))]
+)
 def on_one_process(request, tmp_path_factory):
     return request.param, run_workers(fit, 1, str(tmp_path_factory.mktemp("alone")), request.param)[0]
 

@@ -187,7 +187,7 @@ def three_workers_resume(rank, workers, path):
     return outcome(net, trainer) | {"momenta": [m for m in net.momenta if m.ndim > 1]}
 
 
-@pytest.mark.parametrize("path", ["step=5.ckpt", "own/step=5.ckpt"])
+@pytest.mark.parametrize("path", [pytest.param("step=5.ckpt", marks=pytest.mark.slow), "own/step=5.ckpt"])
 def test_other_number_of_workers_resumes_from_the_mean_momentum(fits, folder, path):
     results = run_workers(three_workers_resume, 3, str(folder / path))
     for name, weight in results[0]["weights"].items():
@@ -228,6 +228,7 @@ def converted(rank, workers, folder):
     return results | {"resumed": outcome(net, trainer) | {"variance": net.variance}}
 
 
+@pytest.mark.slow
 def test_workers_vote_on_the_signs_of_another_optimizer_and_resume(folder):
     first, second = run_workers(converted, 2, str(folder))
     for name, weight in first["whole"]["weights"].items():
